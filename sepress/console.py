@@ -1,0 +1,43 @@
+"""What a person sees while the work goes on: log lines and progress bars, on stderr only.
+
+The library is silent; the command line switches the console on. stdout belongs to results.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+T = TypeVar("T")
+_console: Console | None = None
+
+
+def enable() -> Console:
+    """Switch log lines and progress on (the command line does); returns stderr's console."""
+    global _console
+    from rich.console import Console
+
+    _console = Console(stderr=True, highlight=False)
+    return _console
+
+
+def log(message: str) -> None:
+    """One plain line for the person watching; markup in it is not interpreted."""
+    if _console is not None:
+        _console.print(message, markup=False, soft_wrap=True)
+
+
+def track(items: Iterable[T], description: str, *, total: int | None = None) -> Iterator[T]:
+    """Yield the items behind a progress bar, or plainly where nobody watches a terminal."""
+    if _console is None or not _console.is_terminal or not sys.stderr.isatty():
+        yield from items
+        return
+    from rich.progress import track as rich_track
+
+    yield from rich_track(
+        items, description, total=total, console=_console, transient=True, disable=False
+    )

@@ -1,0 +1,42 @@
+"""`auto`, `cpu`, `cuda`, `mps` -> torch.device, the best there is by default; random state kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from sepress.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """Return the device of that name; `auto` takes cuda, then mps, then cpu."""
+    import torch
+
+    kind = name.split(":")[0]
+    if kind not in DEVICES:
+        raise InputError(f"unknown device '{name}'", remedy=f"Choose one of: {', '.join(DEVICES)}.")
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device(next(d for d in ("cuda", "mps", "cpu") if available[d]))
+    if not available[kind]:
+        raise InputError(
+            f"device '{name}' is not available here", remedy="Use --device auto, or install a torch build for it."
+        )
+    return torch.device(name)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Run with torch's generators seeded, and leave the caller's random state as it was."""
+    import torch
+
+    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed)
+        yield

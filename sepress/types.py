@@ -1,0 +1,255 @@
+"""The facts that flow from stage to stage, as frozen data; no work is done here, and no heavy import.
+
+Recipe -> Bundle(base) -> [CouplingGroup] + ExcitationStats -> Ranking -> PruningPlan
+       -> Bundle(pruned) -> Bundle(tuned) -> model.onnx, and every Bundle -> Measurement -> Report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+JSON = Any  # what json.dumps takes without a default
+Role = Literal["gated", "ungated", "se_hidden", "frozen"]
+Removed = Mapping[str, "tuple[int, ...]"]  # group name -> sorted units that go
+
+
+# ---- models -------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes the network's input; mean and std are per channel, for pixels in 0..1."""
+
+    input_size: tuple[int, ...]  # C H W (or C L, or C D H W), one image
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bilinear"
+    crop_pct: float = 1.0  # the share of the resized shorter side that the centre crop keeps
+    origin: str = "typed"  # where the figures come from, as the report names it
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What builds the architecture again before any width is changed."""
+
+    source: Literal["timm", "torchvision", "sepress", "user"]
+    arch: str  # a registry name; for 'user' the pkg.module:factory that the user typed
+    kwargs: Mapping[str, JSON]  # plain structural arguments, num_classes among them
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] | None = None
+    trained: bool = True  # False: random weights, and every table says so
+
+    @property
+    def reference(self) -> str:
+        """The `source:arch` (or `pkg.module:factory`) that `--arch` takes."""
+        return self.arch if self.source == "user" else f"{self.source}:{self.arch}"
+
+
+@dataclass(frozen=True)
+class AttributePatch:
+    """A Python number of a module that surgery rewrote: `module.attribute[index] = value`."""
+
+    module: str  # dotted path; "" is the net itself
+    attribute: str
+    index: int | None  # None: the attribute itself is the number
+    value: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shape of every parameter and buffer, and every patched attribute, of a net."""
+
+    shapes: Mapping[str, tuple[int, ...]]  # state-dict name -> shape
+    attributes: tuple[AttributePatch, ...] = ()
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A network together with what is needed to save it, load it and trust it."""
+
+    spec: ModelSpec
+    layout: Layout
+    lineage: Mapping[str, JSON]  # data, recipe, plans, environment, parent; JSON values only
+    net: nn.Module
+
+
+# ---- structure ----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class CallSite:
+    """One torch function call of a forward in eval mode, and one operand of it.
+
+    `index` counts the outermost torch function calls from the forward's start (as a
+    TorchFunctionMode sees them); `function` is checked again whenever a site is met.
+    """
+
+    index: int
+    function: str
+    operand: int  # position among the call's tensor arguments, flattened
+    axis: int  # the channel axis of that operand
+    module: str  # the innermost module running, dotted path
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A recalibration: a map multiplied by a signal that descends only from a global pooling."""
+
+    name: str  # the innermost module that multiplies; '#2' and so on from its second gate
+    channels: int
+    activation: str  # what squashes it: sigmoid, hardsigmoid, clamp, relu6, ..., or 'none'
+    kind: Literal["scale", "scale-shift"]
+    producer: str  # the layer whose output channels are gated (conv or linear)
+    group: str  # the coupling group that the gated channels belong to
+    units: np.ndarray  # (channels,) int: the group's unit of each gate channel, -1 for none
+    site: CallSite  # the operand is the excitation s, after squashing
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where one group's units live on one axis of one parameter or buffer (parallel arrays)."""
+
+    parameter: str  # state-dict name (first name where tied)
+    dim: int
+    unit: np.ndarray  # (n,) int
+    index: np.ndarray  # (n,) int: slot `index[i]` of the axis goes when unit `unit[i]` goes
+
+
+@dataclass(frozen=True)
+class CouplingGroup:
+    """Channels that can only go together with all their slots, one unit at a time.
+
+    A unit is what is removed at once: one channel, or the same offset of every block of a grouped
+    convolution; `width` counts channels of the first producer, `width = units * unit_width`.
+    """
+
+    name: str  # the first producer in named_modules() order
+    role: Role
+    width: int
+    units: int
+    producers: tuple[str, ...]
+    gates: tuple[str, ...]  # names of the gates that judge its channels
+    members: tuple[Member, ...]
+    frozen_because: str | None = None
+
+    @property
+    def unit_width(self) -> int:
+        return self.width // max(1, self.units)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A conv or linear layer that reads a group's tensor, and so ends it: where channels count."""
+
+    parameter: str  # the weight, state-dict name
+    dim: int  # the weight's input axis
+    groups: int  # of the convolution; 1 otherwise
+    transposed: bool
+    pooled: bool  # reads what descends only from a global pooling (an SE squeeze or its expand)
+    site: CallSite  # the operand is the activation read, axis its channel axis
+    group: np.ndarray  # (positions on the axis,) int: index into Coupling.groups, -1 for none
+    unit: np.ndarray  # (positions on the axis,) int: unit of that group
+
+
+# ---- evidence -----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Ranking:
+    """A score per unit and group (higher = keep) and the evidence that judged each group."""
+
+    criterion: str
+    scores: Mapping[str, tuple[float, ...]]
+    evidence: Mapping[str, str]  # group -> what judged it, in words
+    mean_excitation: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # gated groups
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a ranking becomes a plan; exactly one target is set."""
+
+    ratio: float | None = None  # the fraction of prunable channels removed
+    target_macs: float | None = None  # of the base
+    target_params: float | None = None  # of the base
+    scope: Literal["per-group", "global"] = "per-group"
+    round_to: int = 8  # ORT's blocked layout; tensor cores
+    min_width: int = 8
+    gated_only: bool = False
+    frozen: tuple[str, ...] = ()  # patterns (fnmatch) of group names
+    overrides: Mapping[str, float] = field(default_factory=dict)  # pattern -> ratio
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """What is removed, and what that predicts."""
+
+    policy: Policy
+    criterion: str
+    removed: Removed
+    widths_before: Mapping[str, int]
+    widths_after: Mapping[str, int]
+    evidence: Mapping[str, str]
+    macs_before: int
+    macs_after: int
+    params_before: int
+    params_after: int
+    notes: tuple[str, ...] = ()
+
+
+# ---- results ------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Check:
+    """The outcome of a correctness check; passed is None where it was vacuous or not run."""
+
+    passed: bool | None
+    relative_error: float | None
+    reason: str | None = None
+    argmax_agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One net on one data split; a None carries its reason under the field's name in reasons."""
+
+    label: str  # base, pruned, tuned, ...
+    split: str | None
+    n: int | None
+    top1: float | None
+    top5: float | None
+    loss: float | None
+    macs: int | None
+    params: int | None
+    bytes: int | None  # of the ONNX file
+    latency_ms: float | None
+    latency: Mapping[str, JSON] | None  # conditions and quantiles
+    per_class: Mapping[str, float] | None = None
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    name: str
+    role: Role
+    width_before: int
+    width_after: int
+    evidence: str
+    mean_excitation: float | None  # mean over the group's channels and calibration images
+    excitation: tuple[float, ...] | None = None  # per unit, of the base
+    frozen_because: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything a reader is told; renderers are pure functions of it."""
+
+    name: str
+    measurements: tuple[Measurement, ...]
+    groups: tuple[GroupRow, ...]
+    checks: Mapping[str, Check]
+    artifacts: Mapping[str, str | None]
+    environment: Mapping[str, JSON]
+    criterion: str
+    recipe: Mapping[str, JSON] = field(default_factory=dict)
+    constraints: tuple[Mapping[str, JSON], ...] = ()
+    notes: tuple[str, ...] = ()
