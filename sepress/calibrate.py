@@ -1,0 +1,382 @@
+"""Calibration images -> ExcitationStats: what gates and channels did, as sums, one forward a batch.
+
+Only sums are kept, so the memory does not depend on the number of images, and the statistics of two sets of
+images, or of two processes, add up to those of their union.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from sepress import console
+from sepress.errors import InputError
+from sepress.gates import Taps, mean_per_channel, require_images, spread
+from sepress.types import Gate, Reader
+
+if TYPE_CHECKING:
+    from sepress.coupling import Coupling
+
+EVIDENCE = ("excitation", "contribution", "fisher", "taylor")
+NEEDS_LABELS = frozenset({"fisher", "taylor"})
+SATURATED = 0.05  # a gate within this of 0 or 1 counts as saturated
+
+# What the sums are called, and their shapes. C: channels of the gate; K: classes; P: positions that a reader
+# reads; U: units of the group.
+#   gate/NAME/sum, /square, /saturated      (C,)    of the excitation s, its square, and |s - 1/2| > 0.45
+#   gate/NAME/class_sum                     (K, C)  of s, by label
+#   class_count                             (K,)    images, by label
+#   reader/KEY/energy                       (P,)    of the spatial mean of x^2
+#   group/NAME/fisher                       (U,)    of (dL/du)^2, u a factor on every reading of the unit
+#   parameter/NAME/gradient                 (...)   of dL/dw
+
+
+@dataclass(frozen=True)
+class ExcitationStats:
+    """Sums over calibration images; `a + b` is what `calibrate` gives for the images of both.
+
+    `sums` are float64 tensors on the CPU, by the names above; `evidence` says which were collected.
+    """
+
+    images: int
+    sums: Mapping[str, Tensor]
+    evidence: frozenset[str]
+    data_id: str = ""
+
+    def __add__(self, other: ExcitationStats) -> ExcitationStats:
+        if self.sums.keys() != other.sums.keys() or self.evidence != other.evidence:
+            raise InputError(
+                "statistics of different nets or of different evidence can't be added",
+                remedy="Calibrate both parts with the same net, criterion and classes.",
+            )
+        ids = dict.fromkeys((self.data_id, other.data_id))
+        return ExcitationStats(
+            images=self.images + other.images,
+            sums={name: value + other.sums[name] for name, value in self.sums.items()},
+            evidence=self.evidence,
+            data_id="+".join(filter(None, ids)),
+        )
+
+    def mean_excitation(self, gate: Gate) -> Tensor:
+        """The plain mean of the gate over images, (C,)."""
+        return self._mean(f"gate/{gate.name}/sum", gate.channels)
+
+    def excitation_variance(self, gate: Gate) -> Tensor:
+        """The variance of the gate over images, (C,), biased."""
+        square = self._mean(f"gate/{gate.name}/square", gate.channels)
+        return (square - self.mean_excitation(gate).square()).clamp(min=0)
+
+    def saturation(self, gate: Gate) -> Tensor:
+        """The fraction of images on which the gate is within 0.05 of 0 or 1, or beyond, (C,)."""
+        return self._mean(f"gate/{gate.name}/saturated", gate.channels)
+
+    def class_mean_excitation(self, gate: Gate) -> Tensor | None:
+        """The mean of the gate over the images of each class, (K, C); NaN for a class without images.
+
+        None where no labels were met, or the number of classes was not given.
+        """
+        if "class_count" not in self.sums:
+            return None
+        return self.sums[f"gate/{gate.name}/class_sum"] / self.sums["class_count"][:, None]
+
+    def energy(self, reader: Reader) -> Tensor:
+        """The mean square of what is read at each position of the reader's axis, (P,)."""
+        return self._mean(f"reader/{reader_key(reader)}/energy", len(reader.unit))
+
+    def fisher(self, group: str, units: int) -> Tensor:
+        """The mean square of dL/du of each unit, (U,); see `criteria` for u."""
+        return self._mean(f"group/{group}/fisher", units)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradient of the mean loss at the parameters that belong to a group, by name."""
+        prefix, suffix = "parameter/", "/gradient"
+        return {
+            name.removeprefix(prefix).removesuffix(suffix): value / self.images
+            for name, value in self.sums.items()
+            if name.startswith(prefix)
+        }
+
+    def _mean(self, name: str, size: int) -> Tensor:
+        value = self.sums.get(name)
+        if value is None or len(value) != size:
+            raise InputError(
+                f"the statistics hold no '{name}' of {size} channels: they are of another net",
+                remedy="Calibrate this net again.",
+            )
+        return value / self.images
+
+    def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return the tensors and the metadata that `safetensors.torch.save_file` takes."""
+        metadata = {
+            "schema": "sepress.excitation/1",
+            "images": str(self.images),
+            "evidence": " ".join(sorted(self.evidence)),
+            "data_id": self.data_id,
+        }
+        return {name: value.contiguous() for name, value in self.sums.items()}, metadata
+
+    @staticmethod
+    def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> ExcitationStats:
+        """The inverse of `to_tensors`."""
+        if metadata.get("schema") != "sepress.excitation/1":
+            raise InputError(
+                "these tensors are no excitation statistics", remedy="Pass a file that a rank stage wrote."
+            )
+        return ExcitationStats(
+            images=int(metadata["images"]),
+            sums=dict(tensors),
+            evidence=frozenset(metadata["evidence"].split()),
+            data_id=metadata["data_id"],
+        )
+
+
+def reader_key(reader: Reader) -> str:
+    """What names a reader among the sums: a weight used twice is two readers."""
+    return f"{reader.parameter}@{reader.site.index}.{reader.site.operand}"
+
+
+def judged_positions(coupling: Coupling) -> dict[str, np.ndarray]:
+    """Where the units of prunable groups count: reader key -> (P,) group index at each position, or -1.
+
+    What is read after a global pooling (an SE squeeze) only steers gates, so such readers count for the
+    groups alone that nothing else reads (the hidden channels of an SE block). Readers without any such
+    position are left out.
+    """
+    prunable = {group.name for group in coupling.prunable()}
+    open_groups = np.array(
+        [i for i, group in enumerate(coupling.groups) if group.name in prunable], dtype=int
+    )
+    read = [r.group for r in coupling.readers if not r.pooled]
+    directly = np.unique(np.concatenate(read)) if read else np.zeros(0, dtype=int)
+    judged = {}
+    for reader in coupling.readers:
+        counts = np.isin(reader.group, open_groups) & (reader.unit >= 0)
+        if reader.pooled:
+            counts &= ~np.isin(reader.group, directly)
+        if counts.any():
+            judged[reader_key(reader)] = np.where(counts, reader.group, -1)
+    return judged
+
+
+def calibrate(
+    net: nn.Module,
+    coupling: Coupling,
+    batches: Iterable[Any],
+    *,
+    evidence: frozenset[str],
+    device: torch.device | str,
+    num_classes: int | None = None,
+    data_id: str = "",
+    rank: int = 0,
+    world_size: int = 1,
+) -> ExcitationStats:
+    """Run the images through `net` (on `device`, in eval mode) and return the sums that `evidence` names.
+
+    A batch is inputs, or (inputs, targets) with targets (N,) of integers, -1 for none. 'excitation' gives the
+    gates' moments, by class too where `num_classes` is given and targets are met; 'contribution' the energy
+    that every layer reads; 'fisher' and 'taylor' need targets and one backward a batch. With a `world_size`,
+    every process takes each world_size-th batch from `rank` on, and the results add up. The net's mode,
+    requires_grad and .grad are left as they were. Raises InputError for no images, missing targets and
+    figures that are not finite.
+    """
+    if unknown := evidence - set(EVIDENCE):
+        raise InputError(f"unknown evidence {sorted(unknown)}", remedy=f"Known: {', '.join(EVIDENCE)}.")
+    collector = _Collector(coupling, evidence, num_classes)
+    images = 0
+    with _measuring(net, trained=collector.parameters):
+        weights = {name: w for name, w in _parameters(net).items() if name in collector.parameters}
+        for i, batch in enumerate(console.track(batches, "calibrating")):
+            if i % world_size != rank:
+                continue
+            inputs, targets = split_batch(batch)
+            inputs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs)
+            images += collector.run(net, inputs, targets, weights)
+    if images == 0:
+        raise InputError(
+            "no calibration image was given",
+            remedy="Pass at least one batch of images; 256 to 1,024 are usual.",
+        )
+    for name, value in collector.sums.items():
+        if not value.isfinite().all():
+            raise InputError(
+                f"'{name}' is not finite: the net gives NaN or infinity there on the calibration images",
+                remedy="Check the model's weights and the preprocessing.",
+            )
+    return ExcitationStats(images, collector.sums, evidence, data_id)
+
+
+def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
+    """Return a batch's inputs and its targets (N,), None where it has none."""
+    if isinstance(batch, tuple | list):
+        if len(batch) == 2 and isinstance(batch[1], Tensor) and _is_targets(batch[1]):
+            return batch[0], batch[1]
+        return (batch[0] if len(batch) == 1 else tuple(batch)), None
+    return batch, None
+
+
+def _is_targets(x: Tensor) -> bool:
+    return x.dim() == 1 and not x.is_floating_point() and not x.is_complex()
+
+
+class _Collector:
+    """Runs batches and holds the sums; what a batch leaves on the device moves after its forward."""
+
+    def __init__(self, coupling: Coupling, evidence: frozenset[str], num_classes: int | None) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self._coupling, self._evidence, self._num_classes = coupling, evidence, num_classes
+        self._judged = judged_positions(coupling)
+        prunable = coupling.prunable()
+        self.parameters = (
+            frozenset(
+                m.parameter for group in prunable for m in group.members if m.parameter in coupling.parameters
+            )
+            if "taylor" in evidence
+            else frozenset()
+        )
+        # All units of all groups stand in one row, and behind them one column that nothing removes.
+        self._offsets = np.cumsum([0, *(group.units for group in coupling.groups)])
+        self._columns: dict[str, Tensor] = {}
+        self._pending: list[tuple[str, Tensor]] = []
+        self._probe: Tensor | None = None
+        self._classes: Tensor | None = None
+        self._images = 0
+
+    def run(self, net: nn.Module, inputs: Any, targets: Tensor | None, weights: Mapping[str, Tensor]) -> int:
+        """Add one batch to the sums; return its number of images."""
+        first = tree_leaves(inputs)[0]
+        self._images = first.shape[0]
+        self._classes = self._one_hot(targets)
+        labelled = bool(self._evidence & NEEDS_LABELS)
+        if "fisher" in self._evidence:
+            self._probe = first.new_ones((self._images, int(self._offsets[-1]) + 1), dtype=torch.float32)
+            self._probe.requires_grad_()
+        reads = bool(self._evidence & {"contribution", "fisher"})
+        taps = Taps(
+            net,
+            self._coupling,
+            on_gate=self._on_gate if "excitation" in self._evidence else None,
+            on_read=self._on_read if reads else None,
+        )
+        with taps, torch.set_grad_enabled(labelled):
+            output = net(*inputs) if isinstance(inputs, tuple) else net(inputs)
+        if labelled:
+            self._backward(output, targets, weights)
+        self._probe = None
+        self._flush()
+        return self._images
+
+    def _one_hot(self, targets: Tensor | None) -> Tensor | None:
+        """The labels as (N, K) of 0 and 1, a row of zeros for no label; None if classes don't count."""
+        if targets is None or self._num_classes is None:
+            return None
+        return (targets.cpu()[:, None] == torch.arange(self._num_classes)).double()
+
+    def _on_gate(self, gate: Gate, s: Tensor) -> None:
+        excitation = mean_per_channel(s.detach().float(), gate.site.axis, self._images)  # (N, C)
+        self._pending.append((f"gate/{gate.name}", excitation))
+
+    def _on_read(self, reader: Reader, x: Tensor) -> Tensor | None:
+        key = reader_key(reader)
+        if key not in self._judged:
+            return None
+        axis = reader.site.axis
+        if "contribution" in self._evidence:
+            others = [d for d in range(x.dim()) if d != axis]
+            norm = torch.linalg.vector_norm(x.detach().float(), dim=others)  # (P,), no copy of x is made
+            count = x.numel() // x.shape[axis] / self._images
+            self._pending.append((f"reader/{key}/energy", norm / count**0.5))
+        if self._probe is None:
+            return None
+        require_images(x, axis, self._images)
+        return x * spread(self._probe[:, self._column(reader)].to(x.dtype), x, axis)
+
+    def _column(self, reader: Reader) -> Tensor:
+        """The probe's column for each position that the reader reads, (P,)."""
+        key = reader_key(reader)
+        if key not in self._columns:
+            group = self._judged[key]
+            column = np.where(group >= 0, self._offsets[group] + reader.unit, self._offsets[-1])
+            assert self._probe is not None
+            self._columns[key] = torch.as_tensor(column, dtype=torch.int64, device=self._probe.device)
+        return self._columns[key]
+
+    def _backward(self, output: Any, targets: Tensor | None, weights: Mapping[str, Tensor]) -> None:
+        """Add the gradients of the summed cross entropy; in eval mode no image bears on another's."""
+        logits = next((x for x in tree_leaves(output) if isinstance(x, Tensor)), None)
+        if targets is None or (targets < 0).any():
+            raise InputError(
+                "this criterion needs a label for every calibration image",
+                remedy="Pass (inputs, targets) batches, or use the criterion contribution, which needs none.",
+            )
+        if logits is None or logits.dim() != 2 or int(targets.max()) >= logits.shape[1]:
+            raise InputError(
+                "the labels do not fit the net's output: expected logits (N, K) and labels under K",
+                remedy="Use the criterion contribution, which needs no labels.",
+            )
+        loss = F.cross_entropy(logits.float(), targets.to(logits.device), reduction="sum")
+        probe = [] if self._probe is None else [self._probe]
+        at = [*probe, *weights.values()]
+        gradients = torch.autograd.grad(loss, at, allow_unused=True, materialize_grads=True)
+        if probe:
+            fisher = (
+                gradients[0].cpu().double().square().sum(0)
+            )  # tied readings are summed already, per image
+            for group, start in zip(self._coupling.groups, self._offsets[:-1], strict=True):
+                self._add(f"group/{group.name}/fisher", fisher[start : start + group.units])
+        for name, gradient in zip(weights, gradients[len(probe) :], strict=True):
+            self._add(f"parameter/{name}/gradient", gradient)
+
+    def _flush(self) -> None:
+        """Move what the forward left behind to the CPU and into the sums, in float64 (mps has none)."""
+        for name, value in self._pending:
+            value = value.cpu().double()
+            if name.startswith("reader/"):
+                self._add(name, value.square())
+            else:
+                self._add_excitation(name, value)
+        self._pending.clear()
+        if "excitation" in self._evidence and self._classes is not None:
+            self._add("class_count", self._classes.sum(0))
+
+    def _add_excitation(self, name: str, s: Tensor) -> None:
+        self._add(f"{name}/sum", s.sum(0))
+        self._add(f"{name}/square", s.square().sum(0))
+        self._add(f"{name}/saturated", ((s < SATURATED) | (s > 1 - SATURATED)).sum(0))
+        if self._classes is not None:
+            self._add(f"{name}/class_sum", self._classes.T @ s)
+
+    def _add(self, name: str, value: Tensor) -> None:
+        value = value.detach().cpu().double()
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+
+def _parameters(net: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(net.named_parameters(remove_duplicate=False))
+
+
+@contextmanager
+def _measuring(net: nn.Module, *, trained: frozenset[str]) -> Iterator[None]:
+    """Eval mode and gradients at the `trained` parameters alone; restored at the end."""
+    modes = {module: module.training for module in net.modules()}
+    flags = {p: p.requires_grad for p in net.parameters()}
+    try:
+        net.eval()
+        for p in flags:
+            p.requires_grad_(False)
+        for name, p in _parameters(net).items():
+            if name in trained:
+                p.requires_grad_(True)
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for p, flag in flags.items():
+            p.requires_grad_(flag)

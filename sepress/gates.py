@@ -1,0 +1,182 @@
+"""Tap the gates and the readers of a running net: read what passes there, or put something in its place.
+
+A site is the ordinal of a torch function call within a forward (types.CallSite), so it is found in a
+hand-written `forward` as well as in modules, and needs no hook on a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from sepress.errors import InputError, SepressError
+from sepress.types import CallSite, Gate, Reader, Removed
+
+if TYPE_CHECKING:
+    from sepress.coupling import Coupling
+
+OnGate = Callable[[Gate, Tensor], "Tensor | None"]
+OnRead = Callable[[Reader, Tensor], "Tensor | None"]
+_Handler = Callable[[Tensor], "Tensor | None"]
+
+_IDLE = -(1 << 60)  # the counter outside of a forward: no site is ever met
+
+
+class Taps(TorchFunctionMode):
+    """While the context lasts, every forward of `net` calls back at its gates and readers.
+
+    `on_gate(gate, s)` gets the excitation as it is multiplied, after its squash; `on_read(reader, x)` the
+    activation that a conv or linear layer is about to read. What they return replaces the operand; None
+    leaves it. `net` must be in the mode that was traced (eval). Callbacks run outside of the mode: their own
+    torch calls are neither counted nor tapped. Raises SepressError where a forward is not the traced one.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        coupling: Coupling,
+        *,
+        on_gate: OnGate | None = None,
+        on_read: OnRead | None = None,
+    ) -> None:
+        super().__init__()
+        self._net = net
+        self._calls = coupling.calls
+        self._index = _IDLE
+        self._handlers: dict[int, list[tuple[CallSite, _Handler]]] = {}
+        for place, callback in (
+            *((gate, on_gate) for gate in coupling.gates),
+            *((reader, on_read) for reader in coupling.readers),
+        ):
+            if callback is not None:
+                handlers = self._handlers.setdefault(place.site.index, [])
+                handlers.append((place.site, _bind(callback, place)))
+
+    def __enter__(self) -> Taps:
+        # Ours is the first hook: the calls of a user's own hooks were counted when the net was traced.
+        self._hooks = (
+            self._net.register_forward_pre_hook(self._start, prepend=True),
+            self._net.register_forward_hook(self._stop, always_call=True),
+        )
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        for hook in self._hooks:
+            hook.remove()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        index = self._index
+        self._index = index + 1
+        if index in self._handlers:
+            args, kwargs = self._visit(index, func, args, kwargs or {})
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+    def _visit(
+        self, index: int, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Run the handlers of one call; return its arguments, with what they put in place."""
+        leaves, spec = tree_flatten((args, kwargs))
+        tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        replaced = False
+        for site, handler in self._handlers[index]:
+            if function_name(func) != site.function or site.operand >= len(tensors):
+                raise _other_path(
+                    f"call {index} is {function_name(func)}, not {site.function} ({site.module})"
+                )
+            place = tensors[site.operand]
+            operand = handler(leaves[place])
+            if operand is not None:
+                leaves[place], replaced = operand, True
+        if replaced:
+            args, kwargs = tree_unflatten(leaves, spec)
+        return args, kwargs
+
+    def _start(self, *_: Any) -> None:
+        self._index = 0
+
+    def _stop(self, module: nn.Module, args: Any, output: Any) -> None:
+        count, self._index = self._index, _IDLE
+        if output is not None and count != len(self._calls):  # None: the forward raised
+            raise _other_path(f"{count} torch calls, not {len(self._calls)}")
+
+
+@contextmanager
+def masking(net: nn.Module, coupling: Coupling, removed: Removed) -> Iterator[None]:
+    """Zero the removed units wherever they are read, in every forward of `net` inside the context.
+
+    The parameters stay as they are. Gates need no mask of their own: what they multiply is zeroed before
+    anything reads it.
+    """
+    order = {group.name: i for i, group in enumerate(coupling.groups)}
+    masks: dict[int, Tensor] = {}
+    for reader in coupling.readers:
+        keep = torch.ones(len(reader.unit))
+        for name, units in removed.items():
+            gone = torch.isin(torch.from_numpy(reader.unit), torch.tensor(units, dtype=torch.int64))
+            keep[gone & (torch.from_numpy(reader.group) == order[name])] = 0
+        if not keep.all():
+            masks[id(reader)] = keep
+
+    def mask(reader: Reader, x: Tensor) -> Tensor | None:
+        keep = masks.get(id(reader))
+        return None if keep is None else x * spread(keep.to(x), x, reader.site.axis)
+
+    with Taps(net, coupling, on_read=mask):
+        yield
+
+
+def function_name(func: Callable[..., Any]) -> str:
+    """The name by which a call site knows a torch function."""
+    return getattr(func, "__name__", "") or str(func)
+
+
+def spread(values: Tensor, like: Tensor, axis: int) -> Tensor:
+    """View (C,) or (N, C) values so that they multiply `like`, whose channels lie on `axis`."""
+    shape = [1] * like.dim()
+    shape[axis] = like.shape[axis]
+    if values.dim() == 2:
+        shape[0] = like.shape[0]
+    return values.view(shape)
+
+
+def mean_per_channel(x: Tensor, axis: int, images: int) -> Tensor:
+    """Average over all but image and channel axis: (N, ...) -> (N, C). InputError as in `require_images`."""
+    require_images(x, axis, images)
+    return x.movedim(axis, 1).flatten(2).mean(2) if x.dim() > 2 else x
+
+
+def require_images(x: Tensor, axis: int, images: int) -> None:
+    """Raise InputError unless the first axis of `x` holds the images, one by one."""
+    if axis == 0 or x.shape[0] != images:
+        raise InputError(
+            f"a tensor {tuple(x.shape)}, channels on axis {axis}, does not keep {images} images apart",
+            remedy="Use a criterion without figures per image: contribution, l2.",
+        )
+
+
+def _bind(callback: Callable[[Any, Tensor], Tensor | None], place: Gate | Reader) -> _Handler:
+    return lambda operand: callback(place, operand)
+
+
+def _other_path(what: str) -> SepressError:
+    return SepressError(
+        f"the forward took another path than the traced one: {what}",
+        remedy="Keep eval mode and the input size as traced; control flow must not depend on the data.",
+    )

@@ -1,0 +1,161 @@
+"""Baselines: torch-pruning's criteria judge exactly our units, and its graph couples what ours does."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sepress.baselines import coupled_channels, group_l2, group_taylor, torch_pruning_groups
+from sepress.coupling import trace
+from sepress.types import CouplingGroup, Member
+
+
+class Excite(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.squeeze = nn.Conv2d(channels, 4, 1)
+        self.expand = nn.Conv2d(4, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.expand(self.squeeze(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+
+
+def layer(into: int, out: int, kernel: int = 3, groups: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(into, out, kernel, padding=kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out))
+
+
+class ResidualNet(nn.Module):
+    """Two SE-ResNet blocks on one shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = layer(3, 8)
+        self.inner = nn.ModuleList(layer(8, 12) for _ in range(2))
+        self.outer = nn.ModuleList(layer(12, 8) for _ in range(2))
+        self.se = nn.ModuleList(Excite(8) for _ in range(2))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        for inner, outer, se in zip(self.inner, self.outer, self.se, strict=True):
+            x = (x + se(outer(inner(x).relu()))).relu()
+        return self.head(x.mean((2, 3)))
+
+
+class InvertedNet(nn.Module):
+    """An inverted bottleneck: widen, depthwise, gate, project, shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = layer(3, 8)
+        self.widen = layer(8, 16, 1)
+        self.depthwise = layer(16, 16, 3, groups=16)
+        self.se = Excite(16)
+        self.project = layer(16, 8, 1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        h = self.depthwise(self.widen(x).relu()).relu()
+        x = x + self.project(self.se(h))
+        return self.head(x.mean((2, 3)))
+
+
+def member(parameter: str, dim: int, n: int) -> Member:
+    return Member(parameter, dim, np.arange(n), np.arange(n))
+
+
+def group_of(members: tuple[Member, ...], units: int, producer: str) -> CouplingGroup:
+    return CouplingGroup(producer, "ungated", units, units, (producer,), (), members)
+
+
+def squares(weight: Tensor, dim: int) -> Tensor:
+    return weight.detach().square().movedim(dim, 0).flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("kind", [ResidualNet, InvertedNet])
+def test_torch_pruning_couples_the_channels_that_we_couple(kind: type[nn.Module]) -> None:
+    net, x = kind().eval(), torch.randn(1, 3, 8, 8)
+    theirs = set(torch_pruning_groups(net, x))
+    ours = [unit for group in trace(net, x).prunable() for unit in coupled_channels(net, group)]
+    assert len(ours) >= 2 * 8 + 2 * 4
+    assert theirs - set(ours) == {frozenset({("head", "out", i)}) for i in range(5)}  # the classes stay
+    assert set(ours) <= theirs
+
+
+def test_group_l2_is_the_mean_over_layers_of_squared_weights() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3))
+    nn.init.uniform_(net[1].weight)
+    members = (
+        member("3.weight", 1, 6),  # in any order
+        member("1.running_mean", 0, 6),
+        member("1.weight", 0, 6),
+        member("0.weight", 0, 6),
+        member("0.bias", 0, 6),
+    )
+    result = group_l2(net, group_of(members, 6, "0"))
+    energy = (squares(net[0].weight, 0) + net[1].weight.detach().square() + squares(net[3].weight, 1)) / 3
+    np.testing.assert_allclose(result.scores, (energy / energy.mean()).numpy(), rtol=1e-6)
+    assert result.left_out == ()
+
+
+def test_group_taylor_is_the_mean_over_layers_of_weight_times_gradient() -> None:
+    net = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 4))
+    kept = torch.ones_like(net[0].weight)
+    net[0].weight.grad = kept
+    generator = torch.Generator().manual_seed(0)
+    gradients = {n: torch.randn(p.shape, generator=generator).double() for n, p in net.named_parameters()}
+    members = (member("0.weight", 0, 6), member("0.bias", 0, 6), member("2.weight", 1, 6))
+    result = group_taylor(net, group_of(members, 6, "0"), gradients=gradients)
+    first = (net[0].weight.detach() * gradients["0.weight"]).abs().sum(1)
+    second = (net[2].weight.detach() * gradients["2.weight"]).abs().sum(0)
+    total = (first + second) / 2
+    np.testing.assert_allclose(result.scores, (total / total.mean()).numpy(), rtol=1e-5)
+    assert net[0].weight.grad is kept
+    assert net[2].weight.grad is None
+
+
+def test_a_unit_of_a_grouped_convolution_is_the_same_offset_of_every_block() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 8, 3, groups=2))
+    offset = np.arange(6) % 3  # 2 blocks of 3 inputs: unit u is channels u and u + 3
+    members = (
+        Member("0.weight", 0, offset, np.arange(6)),
+        Member("0.bias", 0, offset, np.arange(6)),
+        Member("1.weight", 1, np.arange(3), np.arange(3)),
+    )
+    result = group_l2(net, CouplingGroup("0", "ungated", 6, 3, ("0",), (), members))
+    out = squares(net[0].weight, 0).view(2, 3).sum(0)
+    into = 2 * squares(net[1].weight, 1)  # torch-pruning counts a grouped layer's inputs once a block
+    np.testing.assert_allclose(result.scores, ((out + into) / (out + into).mean()).numpy(), rtol=1e-5)
+
+
+def test_permuted_slots_are_scored_at_their_units() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    order = np.array([2, 0, 3, 1])  # unit u lies at index order[u] of the reader
+    members = (member("0.weight", 0, 4), Member("1.weight", 1, np.arange(4), order))
+    result = group_l2(net, group_of(members, 4, "0"))
+    energy = squares(net[0].weight, 0) + squares(net[1].weight, 1)[torch.as_tensor(order)]
+    np.testing.assert_allclose(result.scores, (energy / energy.mean()).numpy(), rtol=1e-6)
+
+
+def test_parameters_without_a_layer_are_named_and_left_out() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+            self.gain = nn.Parameter(torch.full((4,), 9.0))
+
+    net = Scaled()
+    with_gain = group_l2(net, group_of((member("gain", 0, 4), member("conv.weight", 0, 4)), 4, "conv"))
+    assert with_gain.left_out == ("gain",)
+    energy = squares(net.conv.weight, 0)
+    np.testing.assert_allclose(with_gain.scores, (energy / energy.mean()).numpy(), rtol=1e-6)
+    assert group_l2(net, group_of((member("gain", 0, 4),), 4, "gain")).scores is None
+
+
+def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    net = ResidualNet()
+    torch_pruning_groups(net, torch.randn(1, 3, 8, 8))
+    group_l2(net, group_of((member("stem.0.weight", 0, 8),), 8, "stem.0"))
+    assert capfd.readouterr() == ("", "")

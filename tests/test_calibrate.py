@@ -1,0 +1,259 @@
+"""Calibration: the sums are what a plain loop over the images gives, whatever the batches."""
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sepress.calibrate import ExcitationStats, calibrate, split_batch
+from sepress.coupling import Coupling, trace
+from sepress.errors import InputError
+from sepress.gates import Taps
+
+ALL = frozenset({"excitation", "contribution", "fisher", "taylor"})
+
+
+class Net(nn.Module):
+    """6 channels, widened to 8 gated ones, projected back onto a shortcut that is read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.widen = nn.Conv2d(6, 8, 1)
+        self.norm = nn.BatchNorm2d(8)
+        self.squeeze = nn.Linear(8, 4)
+        self.expand = nn.Linear(4, 8)
+        self.project = nn.Conv2d(8, 6, 1)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        h = self.norm(self.widen(x)).relu()
+        s = torch.sigmoid(4 * self.expand(self.squeeze(h.mean((2, 3))).relu()))  # (N, C)
+        self.last_gate = s
+        x = x + self.project(h * s[:, :, None, None])
+        return self.head(self.drop(x.mean((2, 3))))
+
+
+@pytest.fixture
+def net() -> Net:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Net().eval()
+        nn.init.normal_(net.expand.weight)
+        nn.init.normal_(net.squeeze.weight)
+        return net
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def targets() -> Tensor:
+    return torch.arange(12) % 5
+
+
+@pytest.fixture
+def coupling(net: Net, images: Tensor) -> Coupling:
+    return trace(net, images[:1])
+
+
+def measure(net: Net, coupling: Coupling, batches: object, **options: object) -> ExcitationStats:
+    options = {"evidence": ALL, "num_classes": 5, "device": "cpu"} | options
+    return calibrate(net, coupling, batches, **options)
+
+
+def test_excitation_moments_are_those_of_the_gate(
+    net: Net, coupling: Coupling, images: Tensor, targets: Tensor
+) -> None:
+    stats = measure(net, coupling, [(images[:5], targets[:5]), (images[5:], targets[5:])])
+    with torch.no_grad():
+        net(images)
+    s = net.last_gate.double()
+    (gate,) = coupling.gates
+    torch.testing.assert_close(stats.mean_excitation(gate), s.mean(0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(stats.excitation_variance(gate), s.var(0, correction=0), rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(stats.saturation(gate), ((s < 0.05) | (s > 0.95)).double().mean(0))
+    by_class = torch.stack([s[targets == k].mean(0) for k in range(5)])
+    torch.testing.assert_close(stats.class_mean_excitation(gate), by_class, rtol=1e-6, atol=0)
+    assert stats.images == 12
+
+
+@torch.no_grad()
+def test_energy_is_the_mean_square_of_what_a_layer_reads(
+    net: Net, coupling: Coupling, images: Tensor
+) -> None:
+    read = {}
+    for name in ("widen", "project", "head"):
+        getattr(net, name).register_forward_pre_hook(
+            lambda m, args, name=name: read.__setitem__(f"{name}.weight", args[0].double())
+        )
+    coupling = trace(net, images[:1])
+    stats = measure(net, coupling, images.split(5), evidence=frozenset({"contribution"}))
+    net(images)
+    readers = {r.parameter: r for r in coupling.readers}
+    for name, x in read.items():
+        by_hand = x.square().flatten(2).mean((0, 2)) if x.dim() > 2 else x.square().mean(0)
+        torch.testing.assert_close(stats.energy(readers[name]), by_hand, rtol=1e-6, atol=0)
+
+
+def test_fisher_is_the_square_of_each_images_gradient_summed_over_readers(
+    net: Net, coupling: Coupling, images: Tensor, targets: Tensor
+) -> None:
+    stats = measure(net, coupling, [(images, targets)], evidence=frozenset({"fisher"}))
+    expected = torch.zeros(6)
+    for i in range(12):
+        u = torch.ones(6, requires_grad=True)  # on the shortcut, read by widen and, after the sum, by head
+        x = net.stem(images[i : i + 1]).relu()
+        h = net.norm(net.widen(x * u[:, None, None])).relu()
+        s = torch.sigmoid(4 * net.expand(net.squeeze(h.mean((2, 3))).relu()))
+        x = x + net.project(h * s[:, :, None, None])
+        logits = F.linear(x.mean((2, 3)) * u, net.head.weight, net.head.bias)
+        (gradient,) = torch.autograd.grad(F.cross_entropy(logits, targets[i : i + 1]), u)
+        expected += gradient.square() / 12
+    torch.testing.assert_close(stats.fisher("stem", 6).float(), expected, rtol=1e-4, atol=1e-9)
+
+
+def test_fisher_of_gated_channels_is_that_of_the_gate_itself(
+    net: Net, coupling: Coupling, images: Tensor, targets: Tensor
+) -> None:
+    stats = measure(net, coupling, [(images, targets)], evidence=frozenset({"fisher"}))
+    gates = []
+
+    def probe(_: object, s: Tensor) -> Tensor:
+        s = s.detach().requires_grad_()
+        gates.append(s)
+        return s
+
+    with Taps(net, coupling, on_gate=probe):
+        loss = F.cross_entropy(net(images), targets, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, gates)
+    by_gate = (gates[0] * gradient).flatten(1).square().mean(0).double()
+    torch.testing.assert_close(stats.fisher("widen", 8), by_gate, rtol=1e-4, atol=1e-12)
+
+
+def test_parameter_gradients_are_those_of_the_mean_loss(
+    net: Net, coupling: Coupling, images: Tensor, targets: Tensor
+) -> None:
+    stats = measure(
+        net, coupling, [(images[:7], targets[:7]), (images[7:], targets[7:])], evidence=frozenset({"taylor"})
+    )
+    F.cross_entropy(net(images), targets).backward()
+    gradients = stats.gradients()
+    assert {"widen.weight", "project.weight", "norm.bias", "squeeze.weight"} <= gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(
+            gradient.float(), net.get_parameter(name).grad, rtol=1e-4, atol=1e-7, msg=lambda m, n=name: n + m
+        )
+
+
+def test_statistics_of_two_halves_add_up_to_those_of_the_whole(
+    net: Net, coupling: Coupling, images: Tensor, targets: Tensor
+) -> None:
+    batches = [(images[i : i + 3], targets[i : i + 3]) for i in range(0, 12, 3)]
+    whole = measure(net, coupling, [(images, targets)], data_id="d")
+    halves = [measure(net, coupling, batches, rank=rank, world_size=2, data_id="d") for rank in (0, 1)]
+    assert [h.images for h in halves] == [6, 6]
+    total = halves[0] + halves[1]
+    assert (total.images, total.data_id) == (12, "d")
+    for name, value in whole.sums.items():
+        torch.testing.assert_close(total.sums[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: n + m)
+
+
+def test_statistics_of_different_evidence_do_not_add(net: Net, coupling: Coupling, images: Tensor) -> None:
+    a = measure(net, coupling, [images], evidence=frozenset({"excitation"}))
+    b = measure(net, coupling, [images], evidence=frozenset({"contribution"}))
+    with pytest.raises(InputError, match="can't be added"):
+        a + b
+
+
+def test_memory_does_not_grow_with_the_number_of_images(net: Net, coupling: Coupling) -> None:
+    alive = []
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(8):
+            yield torch.randn(4, 3, 8, 8, generator=generator), torch.arange(4)
+            gc.collect()
+            alive.append(sum(x.numel() for x in gc.get_objects() if type(x) is Tensor))
+
+    measure(net, coupling, batches())
+    assert len(alive) == 8
+    assert max(alive[1:]) == alive[1]
+
+
+def test_the_net_is_left_as_it_was(net: Net, coupling: Coupling, images: Tensor, targets: Tensor) -> None:
+    net.train()
+    net.norm.eval()
+    net.head.bias.requires_grad_(False)
+    flags = {name: p.requires_grad for name, p in net.named_parameters()}
+    modes = {name: m.training for name, m in net.named_modules()}
+    values = {name: v.clone() for name, v in net.state_dict().items()}
+    state = torch.get_rng_state()
+    measure(net, coupling, [(images, targets)])
+    with pytest.raises(IndexError):
+        measure(net, coupling, iter([(images, targets), ()]))
+    assert {name: p.requires_grad for name, p in net.named_parameters()} == flags
+    assert {name: m.training for name, m in net.named_modules()} == modes
+    assert all(p.grad is None for p in net.parameters())
+    assert all(torch.equal(v, values[name]) for name, v in net.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not net._forward_hooks
+    assert not net._forward_pre_hooks
+
+
+def test_files_bring_the_statistics_back(
+    net: Net, coupling: Coupling, images: Tensor, targets: Tensor, tmp_path
+) -> None:
+    stats = measure(net, coupling, [(images, targets)], data_id="digits")
+    tensors, metadata = stats.to_tensors()
+    save_file(tensors, tmp_path / "stats.safetensors", metadata=metadata)
+    with safe_open(tmp_path / "stats.safetensors", framework="pt") as file:
+        again = ExcitationStats.from_tensors({k: file.get_tensor(k) for k in file.keys()}, file.metadata())  # noqa: SIM118
+    assert (again.images, again.evidence, again.data_id) == (12, ALL, "digits")
+    assert again.sums.keys() == stats.sums.keys()
+    assert all(torch.equal(again.sums[name], value) for name, value in stats.sums.items())
+
+
+def test_images_without_a_label_count_for_the_gates_but_for_no_class(
+    net: Net, coupling: Coupling, images: Tensor
+) -> None:
+    targets = torch.tensor([0, -1] * 6)
+    stats = measure(net, coupling, [(images, targets)], evidence=frozenset({"excitation"}))
+    assert stats.images == 12
+    assert stats.sums["class_count"].tolist() == [6, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("evidence", ["fisher", "taylor"])
+def test_what_needs_labels_says_so(net: Net, coupling: Coupling, images: Tensor, evidence: str) -> None:
+    for batch in (images, (images, torch.tensor([0, -1] * 6))):
+        with pytest.raises(InputError, match="needs a label"):
+            measure(net, coupling, [batch], evidence=frozenset({evidence}))
+    with pytest.raises(InputError, match="do not fit"):
+        measure(net, coupling, [(images, torch.full((12,), 5))], evidence=frozenset({evidence}))
+
+
+def test_no_image_unknown_evidence_and_nan_are_refused(net: Net, coupling: Coupling, images: Tensor) -> None:
+    with pytest.raises(InputError, match="no calibration image"):
+        measure(net, coupling, [])
+    with pytest.raises(InputError, match="unknown evidence"):
+        measure(net, coupling, [images], evidence=frozenset({"luck"}))
+    images[3, 0, 0, 0] = float("nan")
+    with pytest.raises(InputError, match="not finite"):
+        measure(net, coupling, [images], evidence=frozenset({"excitation"}))
+
+
+def test_a_batch_is_inputs_or_inputs_and_targets() -> None:
+    x, y = torch.ones(2, 3), torch.tensor([0, 1])
+    assert split_batch(x) == (x, None)
+    assert split_batch([x]) == (x, None)
+    assert split_batch((x, y)) == (x, y)
+    assert split_batch([x, x]) == ((x, x), None)  # two inputs

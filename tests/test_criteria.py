@@ -1,0 +1,246 @@
+"""Criteria: scores equal those made by hand, and every group is judged by something that is named."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sepress.calibrate import EVIDENCE, ExcitationStats, calibrate
+from sepress.coupling import Coupling, trace
+from sepress.criteria import CRITERIA, get_criterion, rank, weight_energy
+from sepress.errors import InputError
+from sepress.types import CallSite, Reader
+
+
+class Excite(nn.Module):
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.squeeze = nn.Conv2d(channels, hidden, 1)
+        self.expand = nn.Conv2d(hidden, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = torch.sigmoid(self.expand(self.squeeze(x.mean((2, 3), keepdim=True)).relu()))
+        return x * self.last
+
+
+class Block(nn.Module):
+    """A residual block with 6 ungated inner channels and its gate on the shortcut's 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.conv2, self.norm2 = nn.Conv2d(6, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.se = Excite(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(x)
+        self.last = self.norm1(h).relu()
+        return (x + self.se(self.norm2(self.conv2(self.last)))).relu()
+
+
+class Net(nn.Module):
+    """Two residual blocks; the classifier reads the shortcut flattened, 2 x 2 positions a channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.block1, self.block2 = Block(), Block()
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        self.read1 = x
+        x = self.block1(x)
+        self.read2 = x
+        x = self.block2(x)
+        self.read3 = F.adaptive_avg_pool2d(x, 2).flatten(1)
+        return self.head(self.read3)
+
+
+@pytest.fixture
+def net() -> Net:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Net().eval()
+        for block in (net.block1, net.block2):
+            nn.init.normal_(block.se.expand.weight)
+            nn.init.normal_(block.se.expand.bias)
+        return net
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor]:
+    return torch.randn(10, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(10) % 5
+
+
+@pytest.fixture
+def coupling(net: Net, batch: tuple[Tensor, Tensor]) -> Coupling:
+    return trace(net, batch[0][:1])
+
+
+def measure(net: nn.Module, coupling: Coupling, batch: tuple[Tensor, Tensor]) -> ExcitationStats:
+    return calibrate(net, coupling, [batch], evidence=frozenset(EVIDENCE), device="cpu")
+
+
+def test_mean_excitation_is_the_mean_over_images_and_over_the_gates_of_a_shortcut(
+    net: Net, coupling: Coupling, batch: tuple[Tensor, Tensor]
+) -> None:
+    ranking = rank(coupling, measure(net, coupling, batch), criterion="mean-excitation", net=net)
+    with torch.no_grad():
+        net(batch[0])
+    by_hand = (net.block1.se.last.mean((0, 2, 3)) + net.block2.se.last.mean((0, 2, 3))) / 2
+    np.testing.assert_allclose(ranking.scores["stem"], by_hand.numpy(), rtol=1e-6)
+    assert ranking.evidence["stem"] == "mean of 2 gates"
+    assert ranking.mean_excitation == {"stem": ranking.scores["stem"]}
+
+
+def test_mean_excitation_judges_what_has_no_gate_by_l2_and_says_so(
+    net: Net, coupling: Coupling, batch: tuple[Tensor, Tensor]
+) -> None:
+    stats = measure(net, coupling, batch)
+    ranking = rank(coupling, stats, criterion="mean-excitation", net=net)
+    by_l2 = rank(coupling, stats, criterion="l2", net=net)
+    for name in ("block1.conv1", "block1.se.squeeze"):
+        assert ranking.scores[name] == by_l2.scores[name]
+        assert ranking.evidence[name] == "L2 of weights (no gate)"
+
+
+def test_contribution_of_inner_channels_is_their_rms_times_the_weights_that_read_them(
+    net: Net, coupling: Coupling, batch: tuple[Tensor, Tensor]
+) -> None:
+    ranking = rank(coupling, measure(net, coupling, batch), criterion="contribution", net=net)
+    with torch.no_grad():
+        net(batch[0])
+    rms = net.block1.last.square().mean((0, 2, 3)).sqrt()
+    norm = net.block1.conv2.weight.detach().square().sum((0, 2, 3)).sqrt()
+    by_hand = rms * norm
+    np.testing.assert_allclose(
+        ranking.scores["block1.conv1"], (by_hand / by_hand.square().sum().sqrt()).numpy(), rtol=1e-5
+    )
+    assert ranking.evidence["block1.conv1"] == "contribution at 1 reader"
+
+
+def test_contribution_on_a_shortcut_adds_the_shares_of_all_its_readers_and_positions(
+    net: Net, coupling: Coupling, batch: tuple[Tensor, Tensor]
+) -> None:
+    ranking = rank(coupling, measure(net, coupling, batch), criterion="contribution", net=net)
+    with torch.no_grad():
+        net(batch[0])
+    shares = torch.zeros(4)
+    for x, conv in ((net.read1, net.block1.conv1), (net.read2, net.block2.conv1)):
+        energy = x.square().mean((0, 2, 3)) * conv.weight.detach().square().sum((0, 2, 3))
+        shares += energy / energy.sum()
+    energy = net.read3.square().mean(0) * net.head.weight.detach().square().sum(0)  # (16,)
+    shares += (energy / energy.sum()).view(4, 4).sum(1)
+    np.testing.assert_allclose(ranking.scores["stem"], shares.sqrt().numpy(), rtol=1e-5)
+    assert ranking.evidence["stem"] == "contribution at 3 readers"
+
+
+def test_hidden_channels_of_an_se_block_are_judged_where_its_expand_layer_reads_them(
+    net: Net, coupling: Coupling, batch: tuple[Tensor, Tensor]
+) -> None:
+    ranking = rank(coupling, measure(net, coupling, batch), criterion="contribution", net=net)
+    assert ranking.evidence["block1.se.squeeze"] == "contribution at 1 reader"
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_every_criterion_scores_every_prunable_group(
+    net: Net, coupling: Coupling, batch: tuple[Tensor, Tensor], criterion: str
+) -> None:
+    ranking = rank(coupling, measure(net, coupling, batch), criterion=criterion, net=net)
+    assert {name: len(s) for name, s in ranking.scores.items()} == {
+        g.name: g.units for g in coupling.prunable()
+    }
+    assert ranking.evidence.keys() == ranking.scores.keys()
+    assert all(np.isfinite(s).all() for s in ranking.scores.values())
+    assert ranking.mean_excitation.keys() == {"stem"}
+
+
+def test_random_scores_follow_the_seed(net: Net, coupling: Coupling) -> None:
+    def scores(seed: int) -> object:
+        return rank(coupling, None, criterion="random", net=net, seed=seed).scores
+
+    assert scores(1) == scores(1)
+    assert scores(1) != scores(2)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+@torch.no_grad()
+def test_weight_energy_is_the_energy_that_a_unit_impulse_leaves(groups: int, transposed: bool) -> None:
+    kind = nn.ConvTranspose2d if transposed else nn.Conv2d
+    conv = kind(4, 6, 3, padding=1, groups=groups, bias=False)
+    dim = 0 if transposed else 1
+    site = CallSite(index=0, function="conv2d", operand=0, axis=1, module="conv")
+    nobody = np.full(4, -1)
+    reader = Reader("weight", dim, groups, transposed, pooled=False, site=site, group=nobody, unit=nobody)
+    impulse = torch.zeros(4, 4, 5, 5)  # image i: 1 in the middle of channel i
+    impulse[range(4), range(4), 2, 2] = 1
+    by_hand = conv(impulse).square().sum((1, 2, 3))
+    np.testing.assert_allclose(weight_energy(conv.weight, reader), by_hand.numpy(), rtol=1e-5)
+
+
+def test_an_unknown_criterion_lists_the_known_ones() -> None:
+    with pytest.raises(InputError, match="unknown criterion 'l1'") as caught:
+        get_criterion("l1")
+    assert all(name in str(caught.value) for name in CRITERIA)
+
+
+def test_statistics_that_lack_the_evidence_are_refused(
+    net: Net, coupling: Coupling, batch: tuple[Tensor, Tensor]
+) -> None:
+    excitation = calibrate(net, coupling, [batch], evidence=frozenset({"excitation"}), device="cpu")
+    with pytest.raises(InputError, match="needs statistics that were not collected: fisher"):
+        rank(coupling, excitation, criterion="fisher", net=net)
+    with pytest.raises(InputError, match="contribution"):
+        rank(coupling, None, criterion="contribution", net=net)
+
+
+def test_statistics_of_another_net_are_refused(
+    net: Net, coupling: Coupling, batch: tuple[Tensor, Tensor]
+) -> None:
+    stats = measure(net, coupling, batch)
+    shorter = dataclasses.replace(stats, sums={k: v[..., 1:] for k, v in stats.sums.items()})
+    with pytest.raises(InputError, match="of another net"):
+        rank(coupling, shorter, criterion="mean-excitation", net=net)
+
+
+def test_a_weight_that_is_not_finite_is_named(net: Net, coupling: Coupling) -> None:
+    net.block1.conv2.weight.data[0, 0] = float("nan")
+    with pytest.raises(InputError, match=r"scores of 'block1.conv1' .* not finite|scores of 'stem'"):
+        rank(coupling, None, criterion="l2", net=net)
+
+
+@torch.no_grad()
+def test_gates_that_look_untrained_or_constant_are_warned_of(
+    net: Net, coupling: Coupling, batch: tuple[Tensor, Tensor]
+) -> None:
+    assert not rank(coupling, measure(net, coupling, batch), net=net).warnings
+    net.block1.se.expand.weight.zero_()
+    net.block1.se.expand.bias.fill_(0.1)
+    warnings = rank(coupling, measure(net, coupling, batch), net=net).warnings
+    assert warnings == (
+        "1 of 2 gates look untrained, all channel means within 0.05 of 0.5: block1.se",
+        "1 of 2 gates do not vary over images: block1.se",
+    )
+
+
+@torch.no_grad()
+def test_channels_that_are_always_zero_are_warned_of_and_score_zero(
+    net: Net, coupling: Coupling, batch: tuple[Tensor, Tensor]
+) -> None:
+    net.block2.norm1.weight[[1, 4]] = 0
+    net.block2.norm1.bias[[1, 4]] = -1
+    ranking = rank(coupling, measure(net, coupling, batch), net=net)
+    assert ranking.warnings == ("2 channels are zero on every calibration image: 2 of block2.conv1",)
+    assert [ranking.scores["block2.conv1"][i] for i in (1, 4)] == [0, 0]
+
+
+def test_a_net_without_gates_is_told_so() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    coupling = trace(net, torch.randn(1, 3, 8, 8))
+    ranking = rank(coupling, None, criterion="l2", net=net)
+    assert ranking.warnings == ("no SE gate was found: channels are judged without excitation",)
