@@ -1,0 +1,468 @@
+"""YAML -> Recipe: what a run does, as frozen and checked settings; every error names its file, line and key.
+
+A recipe is untrusted input up to one point: `arch: pkg.module:factory` runs that code, because whoever runs
+a recipe runs what it says. Reading one runs nothing: no tags, no aliases, no duplicate keys, bounded size.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    SerializationInfo,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
+
+from sepress.constraints import parse_constraint
+from sepress.errors import InputError
+from sepress.safe_yaml import Document, Fault, KeyPath, Marks, dump_yaml, read_text, read_yaml
+from sepress.types import JSON, Policy
+
+MAX_EXTENDS = 10  # files in one chain
+HELP = "Every key is explained in recipes/README.md."
+
+
+# ---- settings -----------------------------------------------------------------------------------
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+Weight = Annotated[float, Field(ge=0)]
+CriterionName = Literal["contribution", "fisher", "mean-excitation", "l2", "group-taylor", "random"]
+
+
+def _read_classes(value: object) -> object:
+    """A file of class names, one a line, or the names themselves."""
+    if not isinstance(value, str):
+        return value
+    try:
+        lines = read_text(Path(value)).splitlines()
+    except InputError as error:
+        raise ValueError(str(error)) from error
+    return tuple(line.strip() for line in lines if line.strip())
+
+
+def _check_constraint(text: str) -> str:
+    try:
+        parse_constraint(text)
+    except InputError as error:
+        raise ValueError(" ".join(filter(None, (error.message, error.remedy)))) from error
+    return text
+
+
+class DataConfig(_Settings):
+    """Images: their source, how they are split, and how they are fed."""
+
+    path: Annotated[str, Field(min_length=1)]  # 'digits', 'torchvision:NAME', or a folder
+    root: str | None = None  # where a torchvision data set lies
+    classes: Annotated[tuple[str, ...] | None, BeforeValidator(_read_classes)] = None  # in output order
+    val_fraction: Annotated[float, Field(gt=0, lt=0.9)] = 0.1  # cut from train where there is no val split
+    allow_corrupt: Annotated[float, Field(ge=0, lt=1)] = (
+        0.0  # of the images; one that can't be read stops a run
+    )
+    augment: Literal["auto", "none", "digits", "natural"] = "auto"  # no flips for digits
+    download: bool = False  # nothing is fetched unasked
+    batch_size: Count = 128  # He et al. 2016 on CIFAR-10; the training defaults below fit it
+    workers: Annotated[int, Field(ge=0)] = 0  # small images decode faster than processes start
+
+
+class ModelConfig(_Settings):
+    """A model file, or the name of an architecture; a foreign model's preprocessing."""
+
+    source: Annotated[
+        str, Field(min_length=1)
+    ]  # a path, timm:NAME, torchvision:NAME, sepress:NAME, pkg.mod:factory
+    arch: str | None = None  # what builds a foreign state dict's net: timm:NAME, ..., pkg.module:factory
+    kwargs: dict[str, JsonValue] = Field(default_factory=dict)  # for the constructor
+    num_classes: Count | None = None  # inferred from the weights, or the data
+    random_weights: bool = False  # then every table says untrained
+    trust_pickle: bool = False  # a pickle runs code when it is read
+    input_size: Annotated[tuple[Count, ...], Field(min_length=2, max_length=4)] | None = None  # C H W
+    mean: Annotated[tuple[float, ...], Field(min_length=1)] | None = None
+    std: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] | None = None
+    interpolation: Literal["nearest", "bilinear", "bicubic"] | None = None
+
+
+class _Training(_Settings):
+    epochs: Count
+    lr: Annotated[float, Field(gt=0)]  # at the peak, for data.batch_size
+    optimizer: Literal["sgd", "adamw"] = "sgd"  # SGD generalises best on small convolutional nets
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Weight = 5e-4
+    warmup_epochs: Weight = 1.0  # Goyal et al. 2017; then a cosine to zero
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    ema_decay: Share | None = None  # off: short trainings end before the average catches up
+    clip_norm: Annotated[float, Field(gt=0)] | None = 5.0  # stops a rare spike, not the training
+    amp: Literal["auto", "off"] = "auto"  # where the device is faster with it
+    channels_last: bool = True
+
+
+class TrainStage(_Training):
+    """Train from random weights; the epoch with the best validation top-1 is kept."""
+
+    kind: Literal["train"] = "train"
+    epochs: Count = 30
+    lr: Annotated[float, Field(gt=0)] = 0.1
+
+
+class FinetuneStage(_Training):
+    """Train the newest model on, taught by the base model."""
+
+    kind: Literal["finetune"] = "finetune"
+    epochs: Count = 3
+    lr: Annotated[float, Field(gt=0)] = 0.02  # weights are near a solution: a fraction of training's
+    distill_weight: Annotated[float, Field(ge=0, le=1)] = 0.5  # of the loss; +0.2 to 0.6 points
+    temperature: Annotated[float, Field(gt=0)] = 4.0  # Hinton et al. 2015
+
+
+class RankStage(_Settings):
+    """Score every channel."""
+
+    kind: Literal["rank"] = "rank"
+    criterion: CriterionName = "contribution"  # needs no labels, judges gated and ungated groups alike
+    calibration_images: Count = 512  # scores settle with these
+
+
+class PruneStage(_Settings):
+    """Rank, plan, remove, check, re-estimate batch norm."""
+
+    kind: Literal["prune"] = "prune"
+    criterion: CriterionName = "contribution"
+    calibration_images: Count = 512
+    recalibration_images: Count = 256  # more changes nothing
+    ratio: Share | None = None  # of the prunable channels, removed
+    target_macs: Share | None = None  # of the base's, kept
+    target_params: Share | None = None  # of the base's, kept
+    scope: Literal["per-group", "global"] = Policy.scope
+    round_to: Count = Policy.round_to
+    min_width: Count = Policy.min_width
+    gated_only: bool = Policy.gated_only
+    frozen: tuple[Annotated[str, Field(min_length=1)], ...] = ()  # patterns of group names
+    overrides: dict[Annotated[str, Field(min_length=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default_factory=dict  # pattern -> ratio
+    )
+    plan: str | None = None  # a plan.json, applied as it stands
+    allow_vacuous: bool = False  # accept a check that can't tell
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        targets = [
+            name for name in ("ratio", "target_macs", "target_params") if getattr(self, name) is not None
+        ]
+        if self.plan is not None and (targets or self.overrides or self.frozen or self.gated_only):
+            raise ValueError(
+                "a plan says what is removed: it takes no target, override, frozen or gated_only"
+            )
+        if self.plan is None and len(targets) != 1:
+            given = " and ".join(targets) if targets else "none"
+            raise ValueError(f"exactly one of ratio, target_macs and target_params is needed, given: {given}")
+        return self
+
+
+class EvaluateStage(_Settings):
+    """Measure accuracy."""
+
+    kind: Literal["evaluate"] = "evaluate"
+    split: Literal["test", "val", "train"] = "test"
+
+
+class ExportStage(_Settings):
+    """Write ONNX, hold it to the net on real images, and time it."""
+
+    kind: Literal["export"] = "export"
+    opset: Annotated[int, Field(ge=18, le=23)] = 18  # the exporter's own; what older runtimes read
+    dynamic_batch: bool = True
+    latency_rounds: Count = 30  # interleaved with the base model
+
+
+STAGES: Mapping[str, type[_Settings]] = {
+    "train": TrainStage,
+    "rank": RankStage,
+    "prune": PruneStage,
+    "finetune": FinetuneStage,
+    "evaluate": EvaluateStage,
+    "export": ExportStage,
+}
+
+
+def _read_stage(value: object) -> object:
+    """The YAML form, `prune: {ratio: 0.3}` or a bare `evaluate` -> the stage's fields and its kind."""
+    if isinstance(value, BaseModel):
+        return value
+    if isinstance(value, str):
+        value = {value: None}
+    if not isinstance(value, Mapping) or len(value) != 1:
+        raise ValueError("a stage is its name, or one key with its options, such as 'prune: {ratio: 0.3}'")
+    ((kind, options),) = value.items()
+    if kind not in STAGES:
+        raise ValueError(f"unknown stage '{kind}'{_near(kind, STAGES)}; known: {', '.join(STAGES)}")
+    if options is not None and not isinstance(options, Mapping):
+        raise ValueError(f"the options of '{kind}' are a mapping, not {options!r}")
+    if options and "kind" in options:
+        raise ValueError(f"unknown key 'kind' in '{kind}'")
+    return {"kind": kind, **(options or {})}
+
+
+Stage = Annotated[
+    TrainStage | RankStage | PruneStage | FinetuneStage | EvaluateStage | ExportStage,
+    Field(discriminator="kind"),
+    BeforeValidator(_read_stage),
+]
+
+
+class Recipe(_Settings):
+    """A whole run: a model, images, and the list of stages that work on them."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    device: Annotated[str, Field(pattern=r"^(auto|(cpu|cuda|mps)(:\d+)?)$")] = "auto"
+    threads: Count | None = None  # torch's own choice
+    out: str | None = None  # the run folder, relative to the current one; runs/NAME
+    data: DataConfig | None = None  # a model file that sepress wrote knows its data
+    model: ModelConfig
+    stages: tuple[Stage, ...]
+    require: tuple[Annotated[str, AfterValidator(_check_constraint)], ...] = ()  # 'metric op value'
+
+    @field_validator("stages")
+    @classmethod
+    def _order(cls, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+        if not stages:
+            raise ValueError(f"a run needs a stage; known: {', '.join(STAGES)}")
+        if any(stage.kind == "train" for stage in stages[1:]):
+            raise ValueError("'train' starts from random weights, so it is the first stage or none")
+        return stages
+
+    @model_validator(mode="after")
+    def _something_to_work_on(self) -> Self:
+        training = self.stages[0].kind == "train"
+        if training and self.data is None:
+            raise ValueError("training needs data: set data.path (--data)")
+        if self.model.source.startswith("sepress:") and not (training or self.model.random_weights):
+            raise ValueError(
+                f"{self.model.source} has no pretrained weights: train it first, "
+                "or set model.random_weights (--random-weights)"
+            )
+        return self
+
+    @field_serializer("stages")
+    def _yaml_form(self, stages: tuple[Stage, ...], info: SerializationInfo) -> list[JSON]:
+        return [{stage.kind: stage.model_dump(mode=info.mode, exclude={"kind"})} for stage in stages]
+
+
+def effective_yaml(recipe: Recipe) -> str:
+    """The recipe with every default written out; loading it gives an equal recipe."""
+    return dump_yaml(recipe.model_dump(mode="json"))
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """SHA-256 (hex) over what determines results: not the name, folder, permissions or constraints."""
+    values = recipe.model_dump(
+        mode="json", exclude={"name": True, "out": True, "require": True, "data": {"download"}}
+    )
+    return hashlib.sha256(json.dumps(values, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+# ---- values -> Recipe ---------------------------------------------------------------------------
+def build_recipe(values: Mapping[str, JSON], marks: Marks, faults: Sequence[Fault] = ()) -> Recipe:
+    """Validate plain values; InputError lists every fault, each with where it was written and its key."""
+    found = list(faults)
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        found += [Fault(_mark(e["loc"], marks), e["loc"], _explain(e)) for e in error.errors()]
+    if not found:
+        return recipe
+    lines = [str(fault) for fault in found]
+    summary = lines if len(lines) == 1 else [f"{len(lines)} errors:", *lines]
+    raise InputError("\n  ".join(summary), remedy=HELP)
+
+
+def _mark(path: KeyPath, marks: Marks) -> str | None:
+    """Where a key, or else the nearest part that holds it, was written."""
+    return next((marks[path[:n]] for n in range(len(path), -1, -1) if path[:n] in marks), None)
+
+
+def _explain(error: Mapping[str, Any]) -> str:
+    kind, path, given = error["type"], error["loc"], error["input"]
+    if kind == "extra_forbidden":
+        known = _known_keys(path[:-1])
+        return f"unknown key{_near(str(path[-1]), known)}; known: {', '.join(known)}"
+    if kind == "missing":
+        return "this key is required"
+    if kind == "value_error":
+        return str(error["ctx"]["error"])
+    message = error["msg"].replace("Input should", "should").replace("valid number", "number")
+    return message if isinstance(given, Mapping | list | tuple) else f"{message}, not {given!r}"
+
+
+def _known_keys(path: KeyPath) -> list[str]:
+    """The keys that the settings at a path take."""
+    if len(path) == 3:  # ("stages", position, kind)
+        return [name for name in STAGES[str(path[2])].model_fields if name != "kind"]
+    if path:
+        return [*(DataConfig if path[0] == "data" else ModelConfig).model_fields]
+    return [*Recipe.model_fields, "extends"]
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=2)
+    return f" (did you mean {' or '.join(repr(n) for n in near)}?)" if near else ""
+
+
+def check_files(recipe: Recipe) -> None:
+    """Raise InputError for every file and folder that the recipe names and that is not there."""
+    data = recipe.data.path if recipe.data else "digits"
+    plans = [stage.plan for stage in recipe.stages if isinstance(stage, PruneStage) and stage.plan]
+    missing = [f"the plan {plan} does not exist" for plan in plans if not Path(plan).is_file()]
+    if data != "digits" and not data.startswith("torchvision:") and not Path(data).is_dir():
+        missing.append(f"the image folder {data} does not exist")
+    source = recipe.model.source
+    if ":" not in source and not Path(source).is_file():
+        missing.append(f"the model file {source} does not exist")
+    if missing:
+        raise InputError(
+            "; ".join(missing),
+            remedy="Paths are relative to the current folder. A model is also named timm:NAME or "
+            "torchvision:NAME, data 'digits' or torchvision:NAME.",
+        )
+
+
+# ---- files -> values ----------------------------------------------------------------------------
+def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, or a packaged one by name, and apply `key.path=value` overrides.
+
+    Raises one InputError for all faults of the files, each with file, line and key.
+    """
+    values, marks, faults = _load(find_recipe(str(name)), ())
+    for text in overrides:
+        _override(values, marks, text)
+    return build_recipe(values, marks, faults)
+
+
+def find_recipe(name: str) -> Path:
+    """The file of that name, else the packaged recipe: 'quickstart' or 'recipes/quickstart.yaml'."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    folder = packaged_recipes()
+    known = sorted(recipe.stem for recipe in folder.glob("*.yaml"))
+    stem = name.removeprefix("recipes/").removesuffix(".yaml")
+    if stem in known:
+        return folder / f"{stem}.yaml"
+    raise InputError(
+        f"there is no recipe '{name}'{_near(stem, known)}",
+        remedy=f"Pass a YAML file, or one of the packaged recipes: {', '.join(known)}.",
+    )
+
+
+def packaged_recipes() -> Path:
+    """The folder of recipes: inside an installed wheel, or the checkout's own."""
+    package = Path(__file__).parent
+    wheel = package / "_recipes"
+    return wheel if wheel.is_dir() else package.parent / "recipes"
+
+
+def _load(path: Path, chain: tuple[Path, ...]) -> Document:
+    """A file's values laid over those of the file it extends."""
+    chain = (*chain, path.resolve())
+    document = read_yaml(read_text(path), str(path))
+    values, marks, faults = document
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: a recipe is a mapping of keys to values", remedy=HELP)
+    _spell_out(values)
+    values.setdefault("name", path.stem)  # never the name of what it extends: it names the run folder
+    if "extends" not in values:
+        return document
+    parent, mark = values.pop("extends"), marks[("extends",)]
+    if not isinstance(parent, str):
+        raise InputError(f"{mark}: extends: expected the name of a recipe file, not {parent!r}", remedy=HELP)
+    beside = path.parent / parent
+    found = beside if beside.is_file() else find_recipe(parent)
+    if found.resolve() in chain or len(chain) >= MAX_EXTENDS:
+        names = " -> ".join(file.name for file in (*chain, found))
+        raise InputError(f"{mark}: extends: no end to what extends what: {names}", remedy=HELP)
+    base = _load(found, chain)
+    _lay_over(base, document, base.values, values, ())
+    return base._replace(faults=[*base.faults, *faults])
+
+
+def _spell_out(values: dict[str, Any]) -> None:
+    """Short forms -> long ones: `data: digits`, `model: timm:NAME`, `- evaluate`."""
+    for key, field in (("data", "path"), ("model", "source")):
+        if isinstance(values.get(key), str):
+            values[key] = {field: values[key]}
+    if isinstance(values.get("stages"), list):
+        values["stages"] = [{item: {}} if isinstance(item, str) else item for item in values["stages"]]
+
+
+def _lay_over(
+    base: Document, top: Document, below: dict[str, Any], above: dict[str, Any], at: KeyPath
+) -> None:
+    """Merge mappings key by key; anything else (a list, the stages) replaces what is below as a whole."""
+    for key, value in above.items():
+        path = (*at, key)
+        if isinstance(value, dict) and isinstance(below.get(key), dict):
+            _lay_over(base, top, below[key], value, path)
+            continue
+        below[key] = value
+        _forget(base.marks, path)
+        base.marks.update({p: mark for p, mark in top.marks.items() if p[: len(path)] == path})
+
+
+def _forget(marks: dict[KeyPath, str], path: KeyPath) -> None:
+    for old in [p for p in marks if p[: len(path)] == path]:
+        del marks[old]
+
+
+def _override(values: dict[str, Any], marks: dict[KeyPath, str], text: str) -> None:
+    """Apply `key.path=value`; a stage is addressed by its kind, or by its position from 0."""
+    dotted, equals, written = text.partition("=")
+    keys: list[str | int] = [*dotted.strip().split(".")]
+    mark = f"--set {dotted}"
+    if not equals or not all(keys):
+        raise InputError(
+            f"--set {text}: expected key.path=value, such as stages.prune.ratio=0.4", remedy=HELP
+        )
+    if keys[0] == "stages" and len(keys) > 1:
+        stage = _find_stage(values.get("stages"), str(keys[1]), mark)
+        keys = ["stages", *stage, *(keys[3:] if keys[2:3] == [stage[1]] else keys[2:])]
+    place: Any = values
+    for depth, key in enumerate(keys[:-1]):
+        if isinstance(place, dict) and place.get(str(key)) is None:
+            place[str(key)] = {}
+        place = place[key]
+        if not isinstance(place, dict | list):
+            raise InputError(f"{mark}: {'.'.join(map(str, keys[: depth + 1]))} holds no keys", remedy=HELP)
+    document = read_yaml(written, mark)
+    place[keys[-1]] = document.values
+    _spell_out(values)
+    _forget(marks, tuple(keys))
+    marks[tuple(keys)] = mark
+
+
+def _find_stage(stages: Any, name: str, mark: str) -> tuple[int, str]:
+    """The position and kind of the stage that a kind or a position names."""
+    kinds = [str(next(iter(s))) if isinstance(s, dict) and s else "" for s in stages or ()]
+    listed = ", ".join(f"{number} ({kind})" for number, kind in enumerate(kinds))
+    if name.isdecimal() and int(name) < len(kinds):
+        return int(name), kinds[int(name)]
+    if kinds.count(name) != 1:
+        many = "several stages are" if name in kinds else "no stage is"
+        raise InputError(f"{mark}: {many} '{name}'", remedy=f"The recipe's stages, by position: {listed}.")
+    return kinds.index(name), name
