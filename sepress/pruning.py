@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sepress import console
 from sepress.calibrate import ExcitationStats, calibrate
-from sepress.coupling import Coupling, apply_removal, attribute_patches, check_removal, trace
+from sepress.coupling import Coupling, apply_removal, check_removal, trace
 from sepress.criteria import DEFAULT_CRITERION, get_criterion, rank
 from sepress.device import resolve_device, seeded
 from sepress.errors import CheckError, InputError
@@ -25,7 +25,6 @@ from sepress.measure import count_macs, count_params, environment
 from sepress.plan import check_plan, check_policy, plan_pruning
 from sepress.train import recalibrate_batchnorm
 from sepress.types import (
-    AttributePatch,
     Check,
     GroupRow,
     Measurement,
@@ -50,7 +49,6 @@ class Surgery:
     plan: PruningPlan
     coupling: Coupling  # of the net before; with what a failed check froze
     check: Check
-    attributes: tuple[AttributePatch, ...]
 
 
 @dataclass(frozen=True)
@@ -114,41 +112,39 @@ def prune_channels(
     net: nn.Module,
     coupling: Coupling,
     ranking: Ranking,
+    how: Policy | PruningPlan,
     *,
-    policy: Policy,
     images: Tensor,
-    plan: PruningPlan | None = None,
     allow_vacuous: bool = False,
 ) -> Surgery:
     """Plan, cut and verify on a copy of the net; what a failed check names is frozen and planned around.
 
-    `images` (n, ...) are real inputs, on the net's device. A given plan is applied as it stands, or not at
-    all. Raises CheckError where masked = removed does not hold, or can't be told.
+    `images` (n, ...) are real inputs, on the net's device. A plan in place of a policy is applied as it
+    stands, or not at all. Raises CheckError where masked = removed does not hold, or can't be told.
     """
-    fixed = plan
-    if fixed is not None:
-        check_plan(fixed, coupling)
+    if isinstance(how, PruningPlan):
+        check_plan(how, coupling)
     for _ in range(MAX_REPLANS):
-        plan = fixed or plan_pruning(ranking, coupling, policy=policy)
+        plan = how if isinstance(how, PruningPlan) else plan_pruning(ranking, coupling, policy=how)
         pruned = copy.deepcopy(net)
         apply_removal(pruned, coupling, plan.removed)
         check, culprits = check_removal(net, pruned, coupling, plan.removed, images)
-        if check.passed is not False or fixed is not None or not culprits:
+        if check.passed is not False or not culprits or isinstance(how, PruningPlan):
             break
         for name, why in culprits.items():
             console.log(f"freezing {name}: {why}")
         coupling = coupling.with_frozen(culprits)
     if check.passed is False:
         raise CheckError(
-            f"masked = removed does not hold: relative error {check.relative_error:.2e} ({check.reason})",
-            remedy="No model was written. Freeze the groups named (--freeze PATTERN), and please report this net.",
+            f"masked = removed does not hold: relative error {check.relative_error} ({check.reason})",
+            remedy="No model was written. Freeze the groups named (--freeze PATTERN) and please report it.",
         )
     if check.passed is None and not allow_vacuous:
         raise CheckError(
             f"masked = removed can't be told: {check.reason}",
             remedy="Calibrate on real, different images and a trained net, or pass --allow-vacuous.",
         )
-    return Surgery(pruned, plan, coupling, check, attribute_patches(coupling, plan.removed))
+    return Surgery(pruned, plan, coupling, check)
 
 
 def group_rows(coupling: Coupling, ranking: Ranking, plan: PruningPlan | None) -> tuple[GroupRow, ...]:
@@ -176,9 +172,7 @@ def not_measured(label: str, reasons: Mapping[str, str], **figures: Any) -> Meas
     """A measurement whose missing figures carry their reasons; `figures` are the ones that exist."""
     fields = ("split", "n", "top1", "top5", "loss", "macs", "params", "bytes", "latency_ms", "latency")
     values = dict.fromkeys(fields) | figures
-    return Measurement(
-        label=label, reasons={k: v for k, v in reasons.items() if values[k] is None}, **values
-    )
+    return Measurement(label=label, reasons={k: v for k, v in reasons.items() if values[k] is None}, **values)
 
 
 def prune(
@@ -236,12 +230,8 @@ def prune(
         base = copy.deepcopy(net).to(place).eval()
         images = first_images(batches, CHECK_IMAGES).to(place)
         coupling = trace(base, images[:1])
-        ranking, stats = rank_channels(
-            base, coupling, batches, criterion=criterion, device=place, seed=seed
-        )
-        surgery = prune_channels(
-            base, coupling, ranking, policy=policy, images=images, allow_vacuous=allow_vacuous
-        )
+        ranking, stats = rank_channels(base, coupling, batches, criterion=criterion, device=place, seed=seed)
+        surgery = prune_channels(base, coupling, ranking, policy, images=images, allow_vacuous=allow_vacuous)
         recalibrate_batchnorm(surgery.net, limited(batches, recalibration_images), device=place)
     report = _api_report(base, surgery, ranking, images[:1], criterion=criterion, calibrated=stats.images)
     pruned = surgery.net.to(home).train(net.training)
@@ -296,13 +286,7 @@ def _api_report(
         artifacts=dict.fromkeys(("model", "onnx", "plan", "report")),
         environment=environment(),
         criterion=criterion,
-        notes=tuple(itertools.chain(ranking.warnings, surgery.plan.notes, [f"calibrated on {calibrated} inputs"])),
+        notes=tuple(
+            itertools.chain(ranking.warnings, surgery.plan.notes, [f"calibrated on {calibrated} inputs"])
+        ),
     )
-
-
-def with_patches(
-    old: Sequence[AttributePatch], new: Sequence[AttributePatch]
-) -> tuple[AttributePatch, ...]:
-    """Merge the patches of an earlier surgery with a later one's, which win."""
-    merged = {(p.module, p.attribute, p.index): p for p in (*old, *new)}
-    return tuple(replace(p) for p in merged.values())

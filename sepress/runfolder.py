@@ -1,4 +1,4 @@
-"""A run's folder: the effective recipe, each finished stage's artifacts with their digests, and what it found.
+"""A run's folder: the effective recipe, each stage's artifacts with their digests, and what it found.
 
 A finished stage is reused where its files still have the digests that were recorded; a folder of another
 recipe is refused. `run.json` is replaced as a whole after each stage, so an interrupted run loses one stage
@@ -77,6 +77,11 @@ class RunFolder:
         self._records.append(record)
         self._write()
         return record
+
+    def reject(self, pattern: str) -> None:
+        """Rename what matches to NAME.rejected, so that nothing takes it for a model that passed."""
+        for path in sorted(self.path.glob(pattern)):
+            path.rename(path.with_name(path.name + ".rejected"))
 
     def _write(self) -> None:
         write_json(

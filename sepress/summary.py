@@ -1,0 +1,87 @@
+"""What the finished stages of a run found -> its Report."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from sepress.constraints import evaluate, parse_constraint
+from sepress.job import Job
+from sepress.measure import count_macs, count_params, environment
+from sepress.types import JSON, Check, GroupRow, Measurement, Report
+
+
+def build_report(job: Job) -> Report:
+    """Put together what the finished stages found; every figure that is missing says why."""
+    labels = job.labels
+    example = job.example()
+    artifacts = {
+        "model": job.artifact(labels[-1]),
+        "onnx": job.artifact("onnx"),
+        "plan": job.artifact("plan"),
+        "ranking": job.artifact("ranking"),
+        "report": job.folder.file("report.json"),
+        "recipe": job.folder.file("recipe.yaml"),
+    }
+    report = Report(
+        name=job.recipe.name,
+        measurements=tuple(_measurement(job, label, example) for label in labels),
+        groups=tuple(_group_row(fact) for fact in job.fact("groups") or ()),
+        checks={
+            "masked_equals_removed": _check(
+                job.fact("masked_equals_removed"), "nothing was pruned in this run"
+            ),
+            "onnx_parity": _check(job.fact("onnx_parity"), "nothing was exported in this run"),
+        },
+        artifacts={role: None if path is None else str(path.resolve()) for role, path in artifacts.items()},
+        environment=environment() | {"device": str(job.device), "seed": job.recipe.seed},
+        criterion=job.fact("criterion"),
+        recipe=job.recipe.model_dump(mode="json", exclude={"out"}),
+        notes=job.notes,
+        trained=bool(job.fact("trained")),
+        selection=job.fact("selection") or {},
+    )
+    results = [evaluate(parse_constraint(text), report) for text in job.recipe.require]
+    return dataclasses.replace(report, constraints=tuple(result.to_json() for result in results))
+
+
+def _measurement(job: Job, label: str, example: Tensor) -> Measurement:
+    net = job.bundle(label).net
+    accuracy = (job.fact("accuracy") or {}).get(label)
+    size = (job.fact("bytes") or {}).get(label)
+    latency = (job.fact("latency") or {}).get(label)
+    reasons: dict[str, str] = {}
+    if accuracy is None:
+        reasons |= dict.fromkeys(("split", "n", "top1", "top5", "loss"), "not evaluated in this run")
+        accuracy = {}
+    else:
+        missing = [name for name in ("top1", "top5", "loss") if accuracy[name] is None]
+        reasons |= dict.fromkeys(missing, accuracy["reason"])
+    if size is None:
+        reasons |= dict.fromkeys(("bytes", "latency_ms", "latency"), "not exported in this run")
+    return Measurement(
+        label=label,
+        split=accuracy.get("split"),
+        n=accuracy.get("n"),
+        top1=accuracy.get("top1"),
+        top5=accuracy.get("top5"),
+        loss=accuracy.get("loss"),
+        macs=count_macs(net, example),
+        params=count_params(net),
+        bytes=size,
+        latency_ms=None if latency is None else latency["median_ms"],
+        latency=latency,
+        per_class=accuracy.get("per_class"),
+        reasons=reasons,
+    )
+
+
+def _check(fact: Mapping[str, JSON] | None, otherwise: str) -> Check:
+    return Check(None, None, reason=otherwise) if fact is None else Check(**fact)
+
+
+def _group_row(fact: Mapping[str, JSON]) -> GroupRow:
+    excitation = fact["excitation"]
+    return GroupRow(**{**fact, "excitation": None if excitation is None else tuple(excitation)})
