@@ -394,16 +394,27 @@ def _give_back(
     schedule: Sequence[int],
     removed: Mapping[str, tuple[int, ...]],
     holds: Callable[[Removed], bool],
+    *,
+    rounds: int,
 ) -> dict[str, tuple[int, ...]]:
-    """Give back the last step of each group, latest in the schedule first, where the target still holds."""
+    """Give back steps while the target holds: in each round one a group, latest in the schedule first."""
     result = dict(removed)
     taken = Counter(schedule)
-    for position in dict.fromkeys(reversed(schedule)):
-        ladder = ladders[position]
-        kept = {name: units for name, units in result.items() if name != ladder.name}
-        trial = {**kept, **_removal([ladder], [taken[position] - 1])}
-        if holds(trial):
-            result = trial
+    candidates = list(dict.fromkeys(reversed(schedule)))
+    for _ in range(rounds):
+        given = []
+        for position in candidates:
+            name = ladders[position].name
+            fewer = _removal([ladders[position]], [taken[position] - 1])
+            trial = {**{other: units for other, units in result.items() if other != name}, **fewer}
+            if holds(trial):
+                result = trial
+                taken[position] -= 1
+                given.append(position)
+        # What does not fit now never will: giving back only makes a net larger.
+        candidates = [position for position in given if taken[position]]
+        if not candidates:
+            break
     return result
 
 
@@ -420,14 +431,15 @@ def _cut_to_ratio(
     gone = list(accumulate((next(sizes[position]) for position in schedule), initial=0))
     tolerance = max(ladders, key=lambda ladder: ladder.group.width).step_width
     if gone[-1] < target - tolerance:
+        most = math.floor(1000 * gone[-1] / total) / 1000
         guard = (
             f", and at most {_LIMIT_TEXT} of a group under the global scope"
             if policy.scope == "global"
             else ""
         )
         raise InputError(
-            f"ratio {policy.ratio} can't be reached: at most {math.floor(1000 * gone[-1] / total) / 1000} of the "
-            f"{total} prunable channels can go with min_width {policy.min_width}{guard}.",
+            f"ratio {policy.ratio} can't be reached: at most {most} of the {total} prunable channels can go "
+            f"with min_width {policy.min_width}{guard}.",
             remedy="Ask for a smaller ratio, or lower min_width.",
         )
     if policy.scope == "per-group":
@@ -449,6 +461,7 @@ def _cut_to_ratio(
         schedule[:low],
         _prefix(ladders, schedule, low),
         lambda removed: channels(removed) >= target,
+        rounds=len(schedule),
     )
     under = _prefix(ladders, schedule, high)
     return min(over, under, key=lambda removed: abs(channels(removed) - target))
@@ -480,7 +493,8 @@ def _cut_to_size(
             remedy="Ask for a larger target, lower min_width, or freeze fewer groups.",
         )
     length = bisect_left(range(len(schedule)), True, key=lambda n: holds(prefix(n)))
-    return _give_back(ladders, schedule[:length], prefix(length), holds)
+    # One round: more would undo the cheap layers, whose steps fit whatever is left.
+    return _give_back(ladders, schedule[:length], prefix(length), holds, rounds=1)
 
 
 # ---- files --------------------------------------------------------------------------------------

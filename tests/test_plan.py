@@ -1,0 +1,548 @@
+"""Plans on chains of convolutions whose MACs and parameters have a formula of their own."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+
+from sepress.errors import InputError
+from sepress.plan import check_plan, check_policy, format_plan, plan_from_json, plan_pruning, plan_to_json
+from sepress.types import CouplingGroup, Member, Policy, PruningPlan, Ranking
+
+SEEDS = range(12)
+
+
+def group(name: str, width: int, *, units: int | None = None, role: str = "ungated") -> CouplingGroup:
+    count = width if units is None else units
+    member = Member(
+        f"{name}.weight", 0, np.arange(count), np.arange(count)
+    )  # arrays: groups can't be compared
+    because = "the output" if role == "frozen" else None
+    gates = (f"{name}.gate",) if role == "gated" else ()
+    return CouplingGroup(name, role, width, count, (name, f"{name}.twin"), gates, (member,), because)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """conv 1x1 after conv 1x1, without bias: layer i reads group i - 1 (3 channels first) at positions[i]."""
+
+    groups: tuple[CouplingGroup, ...]
+    positions: tuple[int, ...]
+
+    def prunable(self) -> tuple[CouplingGroup, ...]:
+        return tuple(g for g in self.groups if g.role != "frozen" and g.units > 1)
+
+    def kept(self, removed: Mapping[str, tuple[int, ...]]) -> list[int]:
+        return [g.width - len(removed.get(g.name, ())) * (g.width // g.units) for g in self.groups]
+
+    def count_params(self, removed: Mapping[str, tuple[int, ...]]) -> int:
+        return sum(a * b for a, b in itertools.pairwise([3, *self.kept(removed)]))
+
+    def count_macs(self, removed: Mapping[str, tuple[int, ...]]) -> int:
+        products = itertools.pairwise([3, *self.kept(removed)])
+        return sum(a * b * p for (a, b), p in zip(products, self.positions, strict=True))
+
+
+def chain(*groups: CouplingGroup) -> Chain:
+    return Chain(groups, tuple(4 ** (len(groups) - i) for i in range(len(groups))))
+
+
+def ranking(net: Chain, *, seed: int = 0, scores: Mapping[str, tuple[float, ...]] | None = None) -> Ranking:
+    generator = random.Random(seed)
+    drawn = {
+        g.name: tuple(generator.random() * (1 + len(g.name)) for _ in range(g.units)) for g in net.groups
+    }
+    return Ranking("contribution", {**drawn, **(scores or {})}, {g.name: "its readers" for g in net.groups})
+
+
+def plan(
+    net: Chain, *, seed: int = 0, scores: Mapping[str, tuple[float, ...]] | None = None, **policy: object
+) -> PruningPlan:
+    return plan_pruning(ranking(net, seed=seed, scores=scores), net, policy=Policy(**policy))  # type: ignore[arg-type]
+
+
+def random_chain(seed: int, *, wide_units: bool = False) -> Chain:
+    generator = random.Random(seed)
+    groups = []
+    for i in range(generator.randint(3, 12)):
+        width = generator.choice([12, 16, 20, 24, 36, 48, 64, 72, 96, 128, 160, 256])
+        units = width // 4 if wide_units and generator.random() < 0.3 else width
+        groups.append(
+            group(f"g{i}", width, units=units, role=generator.choice(["gated", "ungated", "se_hidden"]))
+        )
+    return chain(*groups, group("head", 10, role="frozen"))
+
+
+def share_removed(result: PruningPlan, net: Chain) -> float:
+    names = [g.name for g in net.prunable()]
+    before = sum(result.widths_before[name] for name in names)
+    return 1 - sum(result.widths_after[name] for name in names) / before
+
+
+def step_of_largest(net: Chain, round_to: int = 8) -> int:
+    largest = max(net.prunable(), key=lambda g: g.width)
+    if largest.width >= 4 * round_to:
+        return round_to
+    return max(2**k for k in range(5) if 2**k <= largest.width / 4)
+
+
+# ---- widths by hand -----------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("width", "ratio", "after"),
+    [
+        (64, 0.3, 48),  # 44.8: 48 is nearer than 40
+        (64, 0.5, 32),
+        (64, 0.3125, 48),  # exactly 44: half goes up
+        (64, 0.32, 40),  # 43.52
+        (40, 0.3, 32),  # exactly 28 goes up
+        (40, 0.9, 8),  # 4 goes up to 8
+        (36, 0.05, 32),  # 34.2: 32 is the nearest multiple of 8
+        (20, 0.5, 12),  # narrow: step 4, exactly 10, half goes up
+        (20, 0.3, 16),  # 14: half goes up
+        (12, 0.34, 8),  # narrow: step 2 gives 7.92
+        (31, 0.5, 16),  # narrow: step 4, 15.5
+        (32, 0.5, 16),  # not narrow: step 8
+        (100, 0.3, 72),  # exactly 70: 72 (9 steps; 8.75)
+    ],
+)
+def test_a_group_takes_the_multiple_nearest_its_exact_width(width: int, ratio: float, after: int) -> None:
+    net = chain(group("a", width), group("head", 10, role="frozen"))
+    assert plan(net, ratio=ratio).widths_after["a"] == after
+
+
+def test_rounding_to_one_takes_the_exact_count() -> None:
+    net = chain(group("a", 50))
+    assert plan(net, ratio=0.3, round_to=1, min_width=1).widths_after == {"a": 35}
+
+
+def test_the_ratio_means_the_decimal_that_was_typed() -> None:
+    # 40 * (1 - 0.9) is 3.9999999999999991 in binary; nine tenths of 40 leave exactly half a step.
+    assert plan(chain(group("a", 40)), ratio=0.9, min_width=1).widths_after == {"a": 8}
+
+
+@pytest.mark.parametrize(
+    ("width", "units", "round_to", "after"),
+    [
+        (128, 4, 8, 96),  # one offset of 32 blocks: a unit is 32 channels; 2.8 units -> 3
+        (64, 32, 8, 48),  # units of 2: four of them make a step; 44.8 -> 48
+        (96, 32, 8, 72),  # units of 3: eight of them make 24; 67.2 -> 72
+        (24, 8, 8, 12),  # units of 3, narrow: a step of 4 makes it 12; 16.8 is nearer 12 than 24
+        (60, 2, 8, 30),  # no number of units between fits: one unit; 1.4 -> 1
+    ],
+)
+def test_wide_units_go_in_the_fewest_units_that_make_a_multiple(
+    width: int, units: int, round_to: int, after: int
+) -> None:
+    result = plan(chain(group("a", width, units=units)), ratio=0.3, round_to=round_to)
+    assert result.widths_after == {"a": after}
+
+
+def test_no_group_goes_below_min_width_and_the_note_says_so() -> None:
+    net = chain(group("a", 64), group("b", 256))
+    result = plan(net, ratio=0.5, min_width=48)
+    assert result.widths_after == {"a": 48, "b": 120}  # a gives 16, so b gives 136, not 128: 160 less a step
+    assert any("min_width 48" in note and "a (64)" in note for note in result.notes)
+
+
+def test_narrow_groups_are_listed_with_their_step() -> None:
+    net = chain(group("a", 20), group("b", 64), group("c", 8))
+    notes = "\n".join(plan(net, ratio=0.5).notes)
+    assert "a (20 by 4)" in notes
+    assert "b (64" not in notes
+    assert "Too narrow to lose a step above min_width 8: c (8)" in notes
+
+
+# ---- order --------------------------------------------------------------------------------------
+def test_the_lowest_scores_go_and_of_equal_scores_the_lower_index() -> None:
+    net = chain(group("a", 8))
+    scores = {"a": (5.0, 1.0, 1.0, 0.0, 1.0, 9.0, 9.0, 9.0)}
+    assert plan(net, scores=scores, ratio=0.375, round_to=1, min_width=1).removed == {"a": (1, 2, 3)}
+
+
+def test_the_remaining_error_falls_on_the_groups_that_rank_lowest() -> None:
+    # Five groups of 64 at 0.3: 48 each removes 80 of 96; two more steps bring 96 (within 8: one step, 88).
+    net = chain(*(group(name, 64) for name in "abcde"))
+    flat = dict.fromkeys("abce", (1.0,) * 64)
+    cheap = {"d": tuple(range(1, 65))}  # the cheapest next 8 channels, relative to the group's mean
+    after = plan(net, scores={**flat, **cheap}, ratio=0.3).widths_after
+    assert after == {"a": 48, "b": 48, "c": 48, "d": 40, "e": 48}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("scope", ["per-group", "global"])
+def test_the_lowest_ranked_units_of_each_group_go(seed: int, scope: str) -> None:
+    net = random_chain(seed, wide_units=True)
+    scores = ranking(net, seed=seed).scores
+    for name, units in plan(net, seed=seed, ratio=0.4, scope=scope).removed.items():
+        gone = [scores[name][unit] for unit in units]
+        kept = [score for unit, score in enumerate(scores[name]) if unit not in units]
+        assert max(gone) <= min(kept)
+        assert list(units) == sorted(set(units))
+
+
+def test_global_scope_removes_the_lowest_scores_over_their_group_mean() -> None:
+    net = chain(group("a", 4), group("b", 4))
+    scores = {"a": (100.0, 300.0, 200.0, 200.0), "b": (1.0, 1.0, 3.0, 3.0)}  # means 200 and 2
+    result = plan(net, scores=scores, ratio=0.375, scope="global", round_to=1, min_width=1)
+    assert result.removed == {"a": (0,), "b": (0, 1)}  # 0.5, and 0.5 twice; the next would be 1.0
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_global_scope_without_rounding_keeps_the_highest_scores(seed: int) -> None:
+    net = chain(group("a", 40), group("b", 60), group("c", 25))
+    scores = ranking(net, seed=seed).scores
+    share = {
+        (name, unit): score / (sum(values) / len(values))
+        for name, values in scores.items()
+        for unit, score in enumerate(values)
+    }
+    lowest = sorted(share, key=lambda key: share[key])[:50]  # 0.4 of 125
+    result = plan(net, seed=seed, ratio=0.4, scope="global", round_to=1, min_width=1)
+    assert {(name, unit) for name, units in result.removed.items() for unit in units} == set(lowest)
+
+
+def test_global_scope_never_removes_more_than_85_percent_of_a_group_and_says_so() -> None:
+    net = chain(group("a", 64), group("b", 64), group("c", 64))
+    scores = {"a": (1e-9,) * 63 + (1.0,), "b": (1.0,) * 64, "c": (1.0,) * 64}
+    result = plan(net, scores=scores, ratio=0.4, scope="global", min_width=1)
+    assert result.widths_after["a"] == 16  # 15 % of 64 is 9.6: the next multiple of 8
+    assert any("85%" in note and "a (64)" in note for note in result.notes)
+
+
+def test_a_group_of_zero_scores_is_cheap_and_not_an_error() -> None:
+    net = chain(group("a", 32), group("b", 32))
+    result = plan(net, scores={"a": (0.0,) * 32}, ratio=0.2, scope="global")
+    assert result.widths_after == {"a": 16, "b": 32}
+
+
+def test_the_same_ranking_gives_the_same_plan() -> None:
+    net = random_chain(3)
+    assert plan(net, seed=3, target_macs=0.5) == plan(net, seed=3, target_macs=0.5)
+
+
+# ---- targets ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("ratio", [0.1, 0.25, 0.3, 0.5, 0.6])
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("scope", ["per-group", "global"])
+def test_the_total_is_within_one_step_of_the_largest_group(seed: int, ratio: float, scope: str) -> None:
+    net = random_chain(seed)
+    result = plan(net, seed=seed, ratio=ratio, scope=scope)
+    total = sum(g.width for g in net.prunable())
+    assert abs(share_removed(result, net) * total - ratio * total) <= step_of_largest(net) + 1e-9
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.5])
+@pytest.mark.parametrize("scope", ["per-group", "global"])
+def test_small_steps_make_up_for_groups_of_wide_units(ratio: float, scope: str) -> None:
+    net = chain(group("a", 256), *(group(f"w{i}", 128, units=2) for i in range(4)), group("b", 64))
+    result = plan(net, ratio=ratio, scope=scope)
+    assert abs(share_removed(result, net) * 832 - ratio * 832) <= 8
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    "policy", [{"ratio": 0.6}, {"target_macs": 0.4}, {"target_params": 0.4, "scope": "global"}]
+)
+def test_widths_stay_on_their_steps_and_above_min_width(seed: int, policy: dict[str, object]) -> None:
+    net = random_chain(seed)
+    result = plan(net, seed=seed, min_width=10, **policy)
+    for g in net.prunable():
+        after = result.widths_after[g.name]
+        step = 8 if g.width >= 32 else 4 if g.width >= 16 else 2
+        assert after == g.width or (after % step == 0 and after >= 10)
+        assert after == g.width - len(result.removed.get(g.name, ()))
+    assert result.widths_after["head"] == 10
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("scope", ["per-group", "global"])
+def test_a_larger_ratio_removes_whatever_a_smaller_one_does(seed: int, scope: str) -> None:
+    net = random_chain(seed)
+    plans = [plan(net, seed=seed, ratio=ratio / 40, scope=scope).removed for ratio in range(4, 24)]
+    for smaller, larger in itertools.pairwise(plans):
+        assert all(set(units) <= set(larger.get(name, ())) for name, units in smaller.items())
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("scope", ["per-group", "global"])
+@pytest.mark.parametrize("target", [0.45, 0.6, 0.8])
+def test_a_size_target_is_met_within_one_step(seed: int, scope: str, target: float) -> None:
+    net = random_chain(seed, wide_units=True)
+    for key, count in (("target_macs", net.count_macs), ("target_params", net.count_params)):
+        result = plan(net, seed=seed, scope=scope, **{key: target})
+        budget = target * count({})
+        assert count(result.removed) <= budget
+        scores = ranking(net, seed=seed).scores
+        one_step_less = []
+        for g in net.groups:
+            units = sorted(result.removed.get(g.name, ()), key=lambda unit: scores[g.name][unit])
+            step = max(1, (8 if g.width >= 32 else 4 if g.width >= 16 else 2) * g.units // g.width)
+            ragged = g.units % step if len(units) == g.units % step else 0
+            one_step_less.append(count({**result.removed, g.name: tuple(units[: -(ragged or step)])}))
+        assert max(one_step_less) > budget
+
+
+def test_predictions_are_the_counts_before_and_after() -> None:
+    net = chain(group("a", 64), group("b", 64), group("head", 10, role="frozen"))
+    result = plan(net, ratio=0.5)
+    assert result.widths_after == {"a": 32, "b": 32, "head": 10}
+    assert (result.params_before, result.params_after) == (
+        3 * 64 + 64 * 64 + 64 * 10,
+        3 * 32 + 32 * 32 + 32 * 10,
+    )
+    assert (result.macs_before, result.macs_after) == (
+        64 * 3 * 64 + 16 * 64 * 64 + 4 * 64 * 10,
+        64 * 3 * 32 + 16 * 32 * 32 + 4 * 32 * 10,
+    )
+
+
+def test_an_unreachable_target_says_what_is_reachable() -> None:
+    net = chain(group("a", 64))  # only 3 * 64 weights: 8 of 64 channels is the least
+    with pytest.raises(InputError, match=r"0\.1 of the base's MACs .* smallest reachable is 0\.125"):
+        plan(net, target_macs=0.1)
+    with pytest.raises(InputError, match=r"ratio 0\.95 .* at most 0\.75 of the 64 prunable"):
+        plan(net, ratio=0.95, min_width=16)
+    with pytest.raises(InputError, match=r"at most 0\.75 .* at most 85% of a group"):
+        plan(chain(group("a", 64)), ratio=0.99, scope="global", min_width=1)
+
+
+@pytest.mark.parametrize("target", [{"target_macs": 0.125}, {"target_params": 0.125}])
+def test_the_smallest_reachable_target_is_reached(target: dict[str, object]) -> None:
+    assert plan(chain(group("a", 64)), **target).widths_after == {"a": 8}
+
+
+def test_a_plan_that_removes_nothing_says_why() -> None:
+    with pytest.raises(InputError, match=r"ratio 0\.01 of 24 channels is less than one step \(4 channels\)"):
+        plan(chain(group("a", 24)), ratio=0.01)
+    with pytest.raises(InputError, match="no group can lose a step above min_width 8"):
+        plan(chain(group("a", 8)), ratio=0.1)
+    with pytest.raises(InputError, match="the overrides leave every group"):
+        plan(chain(group("a", 64)), ratio=0.5, overrides={"*": 0})
+
+
+def test_a_large_net_plans_in_under_a_second() -> None:
+    net = chain(*(group(f"layers.{i}.conv", 2048) for i in range(100)))
+    scores = ranking(net)
+    calls = 0
+
+    class Slow(Chain):
+        def count_macs(self, removed: Mapping[str, tuple[int, ...]]) -> int:
+            nonlocal calls
+            calls += 1
+            return super().count_macs(removed)
+
+    slow = Slow(net.groups, net.positions)
+    started = time.process_time()
+    plan_pruning(scores, slow, policy=Policy(target_macs=0.5))
+    assert time.process_time() - started < 2  # 0.5 s on an idle core; test machines are shared
+    assert calls < 200
+
+
+# ---- which groups -------------------------------------------------------------------------------
+def test_frozen_patterns_match_names_and_producers() -> None:
+    net = chain(group("a", 64), group("b", 64), group("c", 64))
+    result = plan(net, ratio=0.5, frozen=("a", "b.tw*"))
+    assert result.widths_after == {"a": 64, "b": 64, "c": 32}
+    assert "2 groups frozen by pattern: a (64), b (64)." in result.notes
+
+
+def test_frozen_channels_do_not_count_in_the_ratio() -> None:
+    net = chain(group("a", 640), group("b", 64))
+    assert plan(net, ratio=0.25, frozen=("a",)).widths_after == {"a": 640, "b": 48}
+
+
+def test_an_override_sets_the_ratio_of_its_groups_and_the_first_match_wins() -> None:
+    net = chain(group("stem", 64), group("body.0", 64), group("body.1", 64), group("body.2", 64))
+    result = plan(net, ratio=0.5, overrides={"stem": 0, "body.1": 0.125, "body.[12]": 0.75})
+    assert result.widths_after == {"stem": 64, "body.0": 32, "body.1": 56, "body.2": 16}
+
+
+def test_a_size_target_is_met_around_the_overrides() -> None:
+    net = chain(*(group(name, 64) for name in "abcd"))
+    result = plan(net, target_macs=0.8, overrides={"a": 0.0, "b": 0.25})
+    assert (result.widths_after["a"], result.widths_after["b"]) == (64, 48)
+    assert 0.75 * result.macs_before < result.macs_after <= 0.8 * result.macs_before
+
+
+def test_a_pattern_that_matches_nothing_lists_near_names() -> None:
+    net = chain(group("layer1.conv1", 64), group("layer2.conv1", 64))
+    with pytest.raises(InputError, match=r"'layer3\.conv1' matches no group .* near it: layer"):
+        plan(net, ratio=0.5, frozen=("layer3.conv1",))
+    with pytest.raises(InputError, match=r"'stem\*' matches no group"):
+        plan(net, ratio=0.5, overrides={"stem*": 0.1})
+
+
+def test_an_override_of_groups_that_are_not_pruned_is_an_error() -> None:
+    net = chain(group("a", 64), group("head", 10, role="frozen"))
+    with pytest.raises(InputError, match=r"'head' names only groups that are not pruned: head \(10\)"):
+        plan(net, ratio=0.5, overrides={"head": 0.5})
+
+
+def test_gated_only_leaves_groups_without_a_gate_alone() -> None:
+    net = chain(group("a", 64, role="gated"), group("b", 64), group("se", 64, role="se_hidden"))
+    result = plan(net, ratio=0.5, gated_only=True)
+    assert result.widths_after == {"a": 32, "b": 64, "se": 64}
+    assert "gated_only: 2 groups without a gate of their own left as they are." in result.notes
+
+
+def test_se_hidden_groups_are_pruned_like_others() -> None:
+    assert plan(chain(group("se", 64, role="se_hidden")), ratio=0.5).widths_after == {"se": 32}
+
+
+def test_nothing_to_prune_says_why() -> None:
+    with pytest.raises(InputError, match="no prunable group of this net is gated"):
+        plan(chain(group("a", 64)), ratio=0.5, gated_only=True)
+    with pytest.raises(InputError, match="the policy freezes every prunable group"):
+        plan(chain(group("a", 64)), ratio=0.5, frozen=("*",))
+    with pytest.raises(InputError, match=r"no group of this net can be pruned \(the output\)"):
+        plan(chain(group("a", 64, role="frozen")), ratio=0.5)
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ({"z": (1.0,)}, "scores group 'z', which this net lacks"),
+        ({"a": (1.0,) * 63}, "63 scores for 'a', which has 64 units"),
+        ({"a": (float("nan"),) * 64}, "no finite number in 'a'"),
+    ],
+)
+def test_a_ranking_that_does_not_fit_the_net_is_refused(
+    scores: dict[str, tuple[float, ...]], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        plan(chain(group("a", 64)), scores=scores, ratio=0.5)
+
+
+def test_a_group_without_scores_is_refused() -> None:
+    net = chain(group("a", 64))
+    with pytest.raises(InputError, match="no scores for 'a'"):
+        plan_pruning(Ranking("fisher", {}, {}), net, policy=Policy(ratio=0.5))
+
+
+# ---- policy -------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ({}, "but none is set"),
+        ({"ratio": 0.3, "target_macs": 0.5}, "ratio and target_macs are set"),
+        ({"ratio": 0}, "ratio is 0; expected a fraction removed"),
+        ({"ratio": -0.1}, "ratio is -0.1"),
+        ({"ratio": 1.0}, "ratio is 1.0"),
+        ({"ratio": 30}, "ratio is 30"),
+        ({"ratio": float("nan")}, "ratio is nan"),
+        ({"ratio": "0.3"}, "ratio is '0.3'"),
+        ({"ratio": True}, "ratio is True"),
+        ({"target_macs": 1.0}, "target_macs is 1.0; expected a fraction of the base kept"),
+        ({"target_params": float("inf")}, "target_params is inf"),
+        ({"ratio": 0.3, "scope": "layer"}, "scope is 'layer'; expected one of per-group, global"),
+        ({"ratio": 0.3, "round_to": 0}, "round_to is 0"),
+        ({"ratio": 0.3, "round_to": 2.5}, "round_to is 2.5"),
+        ({"ratio": 0.3, "min_width": 0}, "min_width is 0"),
+        ({"ratio": 0.3, "frozen": ("",)}, "no pattern"),
+        ({"ratio": 0.3, "overrides": {"a": 1.0}}, "ratio of 'a' is 1.0"),
+        ({"ratio": 0.3, "overrides": {"a": -0.5}}, "ratio of 'a' is -0.5"),
+    ],
+)
+def test_a_wrong_policy_is_refused_before_any_net_is_seen(policy: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_policy(Policy(**policy))  # type: ignore[arg-type]
+
+
+# ---- files --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_plan_survives_json(seed: int) -> None:
+    net = random_chain(seed, wide_units=True)
+    made = plan(net, seed=seed, target_macs=0.6, scope="global", frozen=("head",), overrides={"g0": 0.25})
+    read = plan_from_json(json.loads(json.dumps(plan_to_json(made), allow_nan=False)))
+    assert read == made
+    check_plan(read, net)
+
+
+def some_json() -> dict[str, object]:
+    net = chain(group("a", 64), group("w", 64, units=16), group("head", 10, role="frozen"))
+    return json.loads(json.dumps(plan_to_json(plan(net, ratio=0.5))))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("schema",), "sepress.plan/2", "expected 'sepress.plan/1'"),
+        (("colour",), 1, "unknown key 'colour'"),
+        (("macs_after",), 1.5, "macs_after is '1.5'"),
+        (("macs_after",), -1, "macs_after is '-1'"),
+        (("params_before",), True, "params_before is 'True'"),
+        (("params_before",), 10**400, "params_before is"),
+        (("criterion",), "x" * 10_001, "criterion is"),
+        (("notes",), "text", "notes is 'text'"),
+        (("notes",), [1], r"notes\[0\] is '1'"),
+        (("groups",), {}, "groups is"),
+        (("groups", 0, "name"), "w", r"groups\[1\].name repeats the group 'w'"),
+        (("groups", 0, "removed"), [1, 0], r"groups\[0\].removed is not sorted"),
+        (("groups", 0, "removed"), [1, 1], r"groups\[0\].removed is not sorted, or repeats"),
+        (("groups", 0, "removed"), [64], r"groups\[0\].removed\[0\] is '64'"),
+        (("groups", 0, "removed"), [0.0], r"groups\[0\].removed\[0\] is '0.0'"),
+        (("groups", 0, "removed"), [], r"groups\[0\] removes 0 units and yet says 64 -> 32"),
+        (("groups", 0, "width_after"), 65, r"groups\[0\].width_after is '65'"),
+        (("groups", 0, "width_after"), 0, r"groups\[0\].width_after is '0'"),
+        (("groups", 0, "evidence"), 3, r"groups\[0\].evidence is '3'"),
+        (("policy", "ratio"), 2, "policy is wrong: ratio is 2"),
+        (("policy", "gated_only"), 1, "policy.gated_only is '1'"),
+        (("policy", "scope"), ["global"], "policy is wrong: scope is"),
+        (("policy", "frozen"), [7], r"policy.frozen\[0\] is '7'"),
+        (("policy", "overrides"), [], "policy.overrides is"),
+        (("policy", "overrides"), {"a": "0.5"}, "policy is wrong: The ratio of 'a' is '0.5'"),
+    ],
+)
+def test_a_damaged_plan_file_names_the_key(path: tuple[str | int, ...], value: object, message: str) -> None:
+    damaged = some_json()
+    place: object = damaged
+    for key in path[:-1]:
+        place = place[key]  # type: ignore[index]
+    place[path[-1]] = value  # type: ignore[index]
+    with pytest.raises(InputError, match=message):
+        plan_from_json(damaged)
+
+
+@pytest.mark.parametrize("value", [None, [], "plan", {}, {"schema": "sepress.report/1"}])
+def test_what_is_no_plan_is_refused(value: object) -> None:
+    with pytest.raises(InputError, match="This is no plan"):
+        plan_from_json(value)
+
+
+@pytest.mark.parametrize("key", ["criterion", "policy", "groups", "macs_before", "notes"])
+def test_a_missing_key_is_named(key: str) -> None:
+    damaged = some_json()
+    del damaged[key]
+    with pytest.raises(InputError, match=f"lacks the key '{key}'"):
+        plan_from_json(damaged)
+
+
+def test_a_plan_of_another_net_does_not_fit() -> None:
+    made = plan(chain(group("a", 64), group("w", 64, units=16)), ratio=0.5)
+    with pytest.raises(InputError, match=r"names group 'a', which this net lacks; near it"):
+        check_plan(made, chain(group("b", 64), group("w", 64, units=16)))
+    with pytest.raises(InputError, match="expects 64 channels in 'a'; this net has 32"):
+        check_plan(made, chain(group("a", 32), group("w", 64, units=16)))
+    with pytest.raises(InputError, match=r"removes units of 'w' outside its 4"):
+        check_plan(made, chain(group("a", 64), group("w", 64, units=4)))
+    with pytest.raises(InputError, match=r"8 units of 1 channels from 'w' and yet says 64 -> 32"):
+        check_plan(made, chain(group("a", 64), group("w", 64)))
+    with pytest.raises(InputError, match="prunes 'a', which is frozen: the output"):
+        check_plan(made, chain(group("a", 64, role="frozen"), group("w", 64, units=16)))
+    with pytest.raises(InputError, match="or all of them"):
+        check_plan(
+            replace(made, removed={"a": tuple(range(64))}), chain(group("a", 64), group("w", 64, units=16))
+        )
+
+
+def test_rows_show_every_group_with_its_share() -> None:
+    net = chain(group("a", 64), group("head", 10, role="frozen"))
+    rows = format_plan(plan(net, ratio=0.25))
+    assert rows == (("a", 64, 48, 0.25, "its readers"), ("head", 10, 10, 0.0, "its readers"))
