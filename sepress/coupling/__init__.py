@@ -1,0 +1,15 @@
+"""One traced forward -> gates and coupling groups; surgery; the check that masked = removed."""
+
+from sepress.coupling.groups import Coupling, find_gates, find_groups, trace
+from sepress.coupling.surgery import apply_patch, apply_removal, attribute_patches, sync_attributes
+
+__all__ = [
+    "Coupling",
+    "apply_patch",
+    "apply_removal",
+    "attribute_patches",
+    "find_gates",
+    "find_groups",
+    "sync_attributes",
+    "trace",
+]

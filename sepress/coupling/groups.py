@@ -1,0 +1,404 @@
+"""From the facts of a trace to Coupling: gates, groups of channels, readers, and exact costs.
+
+A component of slots is a channel. Channels that live on the same producers form a CouplingGroup;
+those that a rule froze form frozen groups, which say why.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from scipy.sparse import coo_matrix, csr_matrix
+from torch import nn
+
+from sepress.coupling.slots import FIRST_SLOT, NONE, PADDING, owner_of
+from sepress.coupling.tags import TaggedInt
+from sepress.coupling.trace import Inputs, Operation, Product, Tracer, run_tracer
+from sepress.errors import InputError
+from sepress.types import CouplingGroup, Gate, Member, Reader, Removed, Role
+
+
+@dataclass(frozen=True, eq=False)
+class SizeUse:
+    """A Python number of a module that counts channels: `ids` survivors / factor."""
+
+    module: str
+    attribute: str
+    index: int | None
+    ids: np.ndarray
+    tag: TaggedInt
+
+
+@dataclass(frozen=True, eq=False)
+class CostTable:
+    """Sums of products of axis lengths, as a function of the units removed.
+
+    `units_on_axis` counts the slots that each unit has on each axis; products refer to axes by
+    number, padded with the last axis, whose length is always 1.
+    """
+
+    lengths: np.ndarray  # (axes + 1,)
+    units_on_axis: csr_matrix  # (axes + 1, units)
+    constants: np.ndarray  # (products,)
+    axes: np.ndarray  # (products, most axes of any)
+
+    def total(self, units_removed: np.ndarray) -> int:
+        """Return the sum over products when the units marked in a 0/1 vector are gone."""
+        lengths = self.lengths - self.units_on_axis @ units_removed
+        return int((self.constants * lengths[self.axes].prod(axis=1)).sum())
+
+
+def _cost_table(products: Sequence[Product], unit_of_slot: np.ndarray, units: int) -> CostTable:
+    numbers: dict[bytes, int] = {}
+    lines: list[np.ndarray] = []
+    rows = []
+    for product in products:
+        row = []
+        for ids in product.axes:
+            key = ids.tobytes()
+            if key not in numbers:
+                numbers[key] = len(lines)
+                lines.append(ids)
+            row.append(numbers[key])
+        rows.append(row)
+    most = max((len(row) for row in rows), default=0)
+    axes = np.array([row + [len(lines)] * (most - len(row)) for row in rows], dtype=np.int64)
+    axis = np.repeat(np.arange(len(lines)), [len(ids) for ids in lines])
+    unit = unit_of_slot[np.concatenate([np.zeros(0, np.int64), *lines])]
+    known = unit >= 0
+    counts = coo_matrix(
+        (np.ones(int(known.sum()), np.int64), (axis[known], unit[known])), shape=(len(lines) + 1, units)
+    ).tocsr()
+    lengths = np.array([len(ids) for ids in lines] + [1], dtype=np.int64)
+    constants = np.array([product.constant for product in products], dtype=np.int64)
+    return CostTable(lengths, counts, constants, axes.reshape(len(rows), most))
+
+
+@dataclass(frozen=True, eq=False)
+class Coupling:
+    """What one trace says about a net: plain values and numpy, no reference to the net."""
+
+    gates: tuple[Gate, ...]
+    groups: tuple[CouplingGroup, ...]
+    readers: tuple[Reader, ...]
+    shapes: Mapping[str, tuple[int, ...]]  # parameters and buffers, first name where tied
+    parameters: frozenset[str]  # which of shapes are parameters
+    calls: tuple[str, ...] = field(repr=False)  # function names by call index, to check sites
+    _unit_of_slot: np.ndarray = field(repr=False)  # number among the units of all groups, -1: none
+    _macs: CostTable = field(repr=False)
+    _params: CostTable = field(repr=False)
+    _sizes: tuple[SizeUse, ...] = field(repr=False)
+    _operations: tuple[Operation, ...] = field(repr=False)
+
+    def group(self, name: str) -> CouplingGroup:
+        """Return the group of that name; raises InputError for an unknown one."""
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise InputError(
+            f"no coupling group '{name}' in this network",
+            remedy=f"Groups: {', '.join(group.name for group in self.groups[:20])}.",
+        )
+
+    def prunable(self) -> tuple[CouplingGroup, ...]:
+        """Return the groups from which something can go."""
+        return tuple(group for group in self.groups if group.role != "frozen" and group.units > 1)
+
+    def count_macs(self, removed: Removed) -> int:
+        """Return the MACs of one image, as traced, with those units gone (convolutions, matrix products)."""
+        return self._macs.total(self._removed_units(removed))
+
+    def count_params(self, removed: Removed) -> int:
+        """Return the number of parameters with those units gone; tied ones count once."""
+        return self._params.total(self._removed_units(removed))
+
+    def with_frozen(self, reasons: Mapping[str, str]) -> Coupling:
+        """Return this coupling with more groups frozen: name -> why."""
+        for name in reasons:
+            self.group(name)
+        groups = tuple(
+            replace(group, role="frozen", frozen_because=group.frozen_because or reasons[group.name])
+            if group.name in reasons
+            else group
+            for group in self.groups
+        )
+        return replace(self, groups=groups)
+
+    def check_removed(self, removed: Removed) -> None:
+        """Raise InputError for an unknown or frozen group, a unit out of range, or a group left empty."""
+        for name, units in removed.items():
+            group = self.group(name)
+            if not units:
+                continue
+            if group.role == "frozen":
+                raise InputError(
+                    f"group '{name}' is frozen: {group.frozen_because}",
+                    remedy="Leave it out of what is removed.",
+                )
+            if len(set(units)) != len(units) or min(units) < 0 or max(units) >= group.units:
+                raise InputError(
+                    f"group '{name}' has units 0..{group.units - 1}; removed: {_abbreviated(units)}",
+                    remedy="Name every unit once, within that range.",
+                )
+            if len(units) >= group.units:
+                raise InputError(
+                    f"removing all {group.units} units of group '{name}' would leave it empty",
+                    remedy="Keep at least one unit.",
+                )
+
+    def gone(self, removed: Removed) -> np.ndarray:
+        """Return for every slot whether it goes (bool)."""
+        units = np.append(self._removed_units(removed), 0)  # -1 reads the last: stays
+        result: np.ndarray = units[self._unit_of_slot].astype(bool)
+        return result
+
+    def _removed_units(self, removed: Removed) -> np.ndarray:
+        first, marks = 0, np.zeros(sum(group.units for group in self.groups), np.int64)
+        for group in self.groups:
+            if group.name in removed:
+                marks[first + np.asarray(removed[group.name], dtype=np.int64)] = 1
+            first += group.units
+        return marks
+
+
+def _abbreviated(units: Sequence[int]) -> str:
+    return ", ".join(str(unit) for unit in units[:8]) + (", ..." if len(units) > 8 else "")
+
+
+# ---- building -----------------------------------------------------------------------------------
+class _Builder:
+    """Turns a tracer's facts into groups; every step is a method, in order."""
+
+    def __init__(self, tracer: Tracer, net: nn.Module) -> None:
+        self.t = tracer
+        self.order = {name: number for number, (name, _) in enumerate(net.named_modules())}
+        self.label = tracer.facts.components(tracer.slots.size)
+        self.reasons = self._frozen_labels()
+        self.producer_axes = self._producers()
+        self.group_of = np.full(tracer.slots.size, -1)
+        self.unit_of = np.full(tracer.slots.size, -1)
+
+    def _frozen_labels(self) -> dict[int, list[str]]:
+        reasons: dict[int, list[str]] = defaultdict(list)
+        reasons[int(self.label[PADDING])] = ["meets zeros padded beside its channels"]
+        for ids, why in self.t.facts.frozen:
+            for label in np.unique(self.label[ids]).tolist():
+                if why not in reasons[label]:
+                    reasons[label].append(why)
+        return reasons
+
+    def _producers(self) -> list[int]:
+        """Return the axes that producers make, by module order and then by place in the net."""
+        slots = self.t.slots
+        axes = {int(slots.axis_of[made.slots[0]]) for made in self.t.producers}
+        return sorted(axes, key=lambda axis: (self.order[self._module(axis)], axis))
+
+    def _module(self, axis: int) -> str:
+        return owner_of(self.t.slots.names[self.t.slots.axes[axis][0]])
+
+    def _first_of_axis(self, axis: int) -> int:
+        parameter, dim = self.t.slots.axes[axis]
+        return self.t.slots.first_slot[parameter][dim]
+
+    def _slots_of_axis(self, axis: int) -> np.ndarray:
+        parameter, dim = self.t.slots.axes[axis]
+        first = self._first_of_axis(axis)
+        return np.arange(first, first + self.t.slots.shapes[parameter][dim])
+
+    def signatures(self) -> dict[tuple[object, ...], list[int]]:
+        """Return the labels that live on the same producers in the same numbers, in order of appearance."""
+        lives: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        first_seen: dict[int, int] = {}
+        for axis in self.producer_axes:
+            labels, first, counts = np.unique(
+                self.label[self._slots_of_axis(axis)], return_index=True, return_counts=True
+            )
+            for label, at, count in zip(labels.tolist(), first.tolist(), counts.tolist(), strict=True):
+                lives[label].append((axis, count))
+                first_seen.setdefault(label, at)
+        alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
+        for label, places in lives.items():
+            frozen = label in self.reasons
+            key = tuple(axis for axis, _ in places) if frozen else tuple(places)
+            alike[(frozen, *key)].append(label)
+        for labels_alike in alike.values():
+            labels_alike.sort(key=lambda label: first_seen[label])
+        rank = {axis: number for number, axis in enumerate(self.producer_axes)}
+
+        def place(item: tuple[tuple[object, ...], list[int]]) -> tuple[int, bool, int]:
+            label = item[1][0]
+            return rank[lives[label][0][0]], label in self.reasons, first_seen[label]
+
+        return dict(sorted(alike.items(), key=place))
+
+    def groups(self) -> list[CouplingGroup]:
+        slots = self.t.slots
+        alike = self.signatures()
+        number_of_label = np.full(int(self.label.max()) + 1, -1)
+        unit_of_label = np.full(int(self.label.max()) + 1, -1)
+        for number, labels in enumerate(alike.values()):
+            number_of_label[labels] = number
+            unit_of_label[labels] = np.arange(len(labels))
+        self.group_of, self.unit_of = number_of_label[self.label], unit_of_label[self.label]
+        self.group_of[:FIRST_SLOT] = self.unit_of[:FIRST_SLOT] = -1
+        members = self._members(len(alike))
+        groups: list[CouplingGroup] = []
+        times_named: dict[str, int] = defaultdict(int)
+        for number, labels in enumerate(alike.values()):
+            axes = [a for a in self.producer_axes if (self.group_of[self._slots_of_axis(a)] == number).any()]
+            width = int((self.group_of[self._slots_of_axis(axes[0])] == number).sum())
+            producers = tuple(dict.fromkeys(self._module(axis) for axis in axes))
+            times_named[producers[0]] += 1
+            times = times_named[producers[0]]
+            groups.append(
+                CouplingGroup(
+                    name=producers[0] + (f"#{times}" if times > 1 else ""),
+                    role=self._role(set(axes), labels),
+                    width=width,
+                    units=len(labels),
+                    producers=producers,
+                    gates=(),
+                    members=members[number],
+                    frozen_because=self._why(labels),
+                )
+            )
+        assert slots.size == len(self.group_of)
+        return groups
+
+    def _members(self, groups: int) -> list[tuple[Member, ...]]:
+        slots = self.t.slots
+        members: list[list[Member]] = [[] for _ in range(groups)]
+        inside = np.flatnonzero(self.group_of >= 0)
+        order = inside[np.lexsort((inside, slots.axis_of[inside], self.group_of[inside]))]
+        keys = self.group_of[order] * len(slots.axes) + slots.axis_of[order]
+        for part in np.split(order, np.flatnonzero(np.diff(keys)) + 1) if len(order) else ():
+            axis = int(slots.axis_of[part[0]])
+            parameter, dim = slots.axes[axis]
+            member = Member(slots.names[parameter], dim, self.unit_of[part], part - self._first_of_axis(axis))
+            members[int(self.group_of[part[0]])].append(member)
+        return [tuple(parts) for parts in members]
+
+    def _role(self, axes: set[int], labels: list[int]) -> Role:
+        if labels[0] in self.reasons:
+            return "frozen"
+        made = [m for m in self.t.producers if int(self.t.slots.axis_of[m.slots[0]]) in axes]
+        return "se_hidden" if all(m.mark is not None and m.mark.in_gate for m in made) else "ungated"
+
+    def _why(self, labels: list[int]) -> str | None:
+        reasons = list(dict.fromkeys(why for label in labels for why in self.reasons.get(label, ())))
+        if not reasons:
+            return None
+        more = f" (and {len(reasons) - 3} more reasons)" if len(reasons) > 3 else ""
+        return "; ".join(reasons[:3]) + more
+
+    def gates(self, groups: list[CouplingGroup]) -> tuple[Gate, ...]:
+        """Name each found gate and its group: the one that most of its channels belong to."""
+        gates: list[Gate] = []
+        times_named: dict[str, int] = defaultdict(int)
+        for found in self.t.gates.found:
+            times_named[found.module] += 1
+            times = times_named[found.module]
+            number = _most_common(self.group_of[found.gated])
+            units = np.where(self.group_of[found.gated] == number, self.unit_of[found.gated], -1)
+            made = found.gated[found.gated != NONE]
+            gate = Gate(
+                name=found.module + (f"#{times}" if times > 1 else ""),
+                channels=found.channels,
+                activation=found.activation,
+                kind="scale-shift" if found.shifts else "scale",
+                producer=self.t.slots.owner(int(made[0])) if len(made) else "",
+                group=groups[number].name if number >= 0 else "",
+                units=units if number >= 0 else np.full(found.channels, -1),
+                site=found.site,
+            )
+            gates.append(gate)
+            if number >= 0:
+                group = groups[number]
+                role: Role = "frozen" if group.role == "frozen" else "gated"
+                groups[number] = replace(group, gates=(*group.gates, gate.name), role=role)
+        return tuple(gates)
+
+    def readers(self) -> tuple[Reader, ...]:
+        return tuple(
+            Reader(
+                parameter=read.parameter,
+                dim=read.dim,
+                groups=read.groups,
+                transposed=read.transposed,
+                pooled=read.mark is not None and read.mark.in_gate,
+                site=read.site,
+                group=self.group_of[read.ids],
+                unit=self.unit_of[read.ids],
+            )
+            for read in self.t.readers
+            if (self.group_of[read.ids] >= 0).any()
+        )
+
+    def parameter_products(self) -> list[Product]:
+        slots = self.t.slots
+        every: list[Product] = []
+        for number, name in enumerate(slots.names):
+            if name in slots.parameters:
+                lengths, first = slots.shapes[number], slots.first_slot[number]
+                axes = tuple(np.arange(f, f + n) for f, n in zip(first, lengths, strict=True))
+                every.append(Product(1, axes))
+        return every
+
+    def sizes(self) -> tuple[SizeUse, ...]:
+        return tuple(
+            SizeUse(source.module, source.attribute, source.index, ids, tag)
+            for source, (ids, tag) in self.t.claims.items()
+        )
+
+    def build(self) -> Coupling:
+        groups = self.groups()
+        gates = self.gates(groups)
+        first = np.cumsum([0, *(group.units for group in groups)])
+        inside = self.group_of >= 0
+        unit_of_slot = np.where(inside, first[self.group_of] + self.unit_of, -1)
+        units = int(first[-1])
+        slots = self.t.slots
+        return Coupling(
+            gates=gates,
+            groups=tuple(groups),
+            readers=self.readers(),
+            shapes=dict(zip(slots.names, slots.shapes, strict=True)),
+            parameters=frozenset(slots.parameters),
+            calls=tuple(self.t.calls),
+            _unit_of_slot=unit_of_slot,
+            _macs=_cost_table(self.t.products, unit_of_slot, units),
+            _params=_cost_table(self.parameter_products(), unit_of_slot, units),
+            _sizes=self.sizes(),
+            _operations=tuple(self.t.operations),
+        )
+
+
+def _most_common(numbers: np.ndarray) -> int:
+    """Return the most frequent number that is not -1, or -1."""
+    found, counts = np.unique(numbers[numbers >= 0], return_counts=True)
+    return int(found[counts.argmax()]) if len(found) else -1
+
+
+def trace(net: nn.Module, inputs: Inputs) -> Coupling:
+    """Trace one forward of one image in eval mode and return gates, groups, readers and costs.
+
+    `inputs` is a tensor (N, ...) or a tuple of them; the first image is used, at its real size. The
+    net is left as it was. Raises InputError where the forward fails or decides on data.
+    """
+    return _Builder(run_tracer(net, inputs), net).build()
+
+
+def find_gates(net: nn.Module, inputs: Inputs) -> tuple[Gate, ...]:
+    """Return the network's Squeeze-and-Excitation gates, in the order in which they run."""
+    return trace(net, inputs).gates
+
+
+def find_groups(net: nn.Module, inputs: Inputs) -> tuple[CouplingGroup, ...]:
+    """Return the sets of channels that can only be removed together, in module order."""
+    return trace(net, inputs).groups
+
+
+__all__: Iterable[str] = ["Coupling", "find_gates", "find_groups", "trace"]

@@ -1,0 +1,683 @@
+"""What each family of operations says about ids: one short function each, one literal table.
+
+A rule gets the tracer and one operation, states facts (unify, align, freeze) and gives the outputs
+their ids. Element-wise operations are known by torch's own tag; an operation without a rule freezes
+what it touches, with its name as the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sepress.coupling.shadows import along, compress, distinct, from_slots, line, no_ids, varies, varying_axes
+from sepress.coupling.slots import NONE, PADDING, names
+
+if TYPE_CHECKING:
+    from sepress.coupling.trace import Tracer
+
+
+@dataclass
+class Op:
+    """One dispatched operation of the traced forward, after it ran."""
+
+    index: int
+    name: str
+    func: Any
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+    @property
+    def pointwise(self) -> bool:
+        return torch.Tag.pointwise in self.func.tags or self.name in POINTWISE
+
+    def arg(self, position: int, default: Any = None) -> Any:
+        return self.args[position] if len(self.args) > position else default
+
+
+Rule = Callable[["Tracer", Op], None]
+
+
+# ---- element-wise -------------------------------------------------------------------------------
+def pointwise(t: Tracer, op: Op) -> None:
+    """Ids that meet at one position are one channel; a parameter's slots are too (gain, bias, PReLU)."""
+    ids = _meet(t, op.inputs)
+    for output in op.outputs:
+        t.write(output, ids.expand(output.shape))
+
+
+def _meet(t: Tracer, inputs: list[Tensor]) -> Tensor:
+    shadows = [t.ids(x) for x in inputs if not t.is_parametric(x)]
+    shape = torch.broadcast_shapes(*[x.shape for x in inputs])
+    ids = join(t, shadows).expand(shape)
+    axes = varying_axes(ids)
+    for x in inputs:
+        if not t.is_parametric(x):
+            continue
+        for axis in range(x.dim()):
+            target = axis + ids.dim() - x.dim()
+            slots = t.slots_along(x, axis) if x.size(axis) > 1 else None
+            if target in axes:
+                if slots is not None:
+                    tie(t, slots, ids, target)
+                elif x.size(axis) > 1:
+                    t.freeze(distinct(ids), "meets a parameter whose layout is unclear")
+            elif slots is not None:
+                if not axes and _alone_on_axis(inputs, x, target - ids.dim()):
+                    return from_slots(slots, target, ids.dim()).expand(shape)
+                t.freeze(slots, "a parameter along an axis without channels")
+    return ids
+
+
+def _alone_on_axis(inputs: list[Tensor], x: Tensor, axis: int) -> bool:
+    """Whether only x has a length on this (negative) axis, so that x alone gives its ids."""
+    return all(other is x or other.dim() < -axis or other.size(axis) == 1 for other in inputs)
+
+
+def join(t: Tracer, shadows: list[Tensor]) -> Tensor:
+    """Unify shadows position by position over their broadcast shape; returns the joint shadow."""
+    if not shadows:
+        return no_ids(())
+    shape = torch.broadcast_shapes(*[s.shape for s in shadows])
+    small = [compress(s.reshape((1,) * (len(shape) - s.dim()) + tuple(s.shape))) for s in shadows]
+    joint = small[0]
+    for ids in small[1:]:
+        if ids.shape == joint.shape and torch.equal(ids, joint):
+            continue
+        a, b = torch.broadcast_tensors(joint, ids)
+        both = (a != b) & (a != NONE) & (b != NONE)
+        if both.any():
+            pairs = (a[both].to(torch.int64) * (1 << 32) + b[both]).unique().numpy()
+            t.facts.unify(pairs >> 32, pairs & 0xFFFFFFFF)
+        joint = torch.where(a != NONE, a, b)
+    return joint.expand(shape)
+
+
+def tie(t: Tracer, slots: np.ndarray, ids: Tensor, axis: int) -> None:
+    """State that slots[i] belongs to whatever ids lie at index i of an axis."""
+    index, found = along(ids, axis)
+    t.facts.unify(slots[index], found)
+    t.freeze(slots[index[found == NONE]], "meets data that no layer made")
+
+
+def in_place(t: Tracer, op: Op) -> None:
+    """An operation that writes into its first argument."""
+    target = op.args[0]
+    if not isinstance(target, Tensor) or op.name in FILLS:
+        return
+    if t.is_parametric(target):
+        t.freeze_parameter(target, "written to in the forward")
+        return
+    ids = t.ids(target)
+    if op.name == "copy_":
+        new = t.ids(op.args[1]).expand(target.shape)
+    elif op.pointwise:
+        met = _meet(t, op.inputs).expand(target.shape)
+        new = torch.where(ids != NONE, ids, met)
+    else:
+        t.freeze(distinct(*[t.ids(x) for x in op.inputs]), f"in-place {op.name}")
+        return
+    if not torch.equal(new, ids):
+        t.overwrite(target, new)
+
+
+# ---- layers with weights ------------------------------------------------------------------------
+def convolution(t: Tracer, op: Op) -> None:
+    """The weight's input slots are what it reads, its output slots are what it makes."""
+    x, weight, bias, transposed, groups = op.args[0], op.args[1], op.args[2], op.args[6], op.args[8]
+    ids, output = t.ids(x), op.outputs[0]
+    out_axis, in_axis = (1, 0) if transposed else (0, 1)
+    positions = (x if transposed else output).shape[2:].numel()
+    t.count_macs(positions, *(t.axis_ids(weight, axis) for axis in range(weight.dim())))
+    depthwise = groups > 1 and groups == x.size(1) and weight.size(1) == 1
+    if depthwise:
+        out_axis = 0
+    made = t.slots_along(weight, out_axis) if t.is_parametric(weight) else None
+    reads_channels = varies(ids, 1)
+    why = None
+    if not t.is_parametric(weight):
+        why = "convolution with a weight that is not a parameter"
+    elif made is None and output.size(1) > 1:
+        why = "a weight whose layout is unclear"
+    elif not reads_channels and varying_axes(ids):
+        why = "convolution along the channel axis"
+    elif groups > 1 and not depthwise and (transposed or not reads_channels or _is_merged(t, weight, made)):
+        why = "a grouped convolution whose layout is unclear"
+    if why is not None:
+        _freeze_layer(t, ids, op.inputs[1:], why)
+    elif depthwise:
+        _depthwise(t, ids, made, groups, output.size(1))
+    elif groups > 1:
+        _grouped(t, op, ids, made, groups)
+    else:
+        _dense_input(t, t.slots_along(weight, in_axis), ids, 1)
+    if made is None or why is not None:
+        t.write(output, no_ids(output.shape))
+        return
+    _bias(t, bias, made)
+    t.write(output, from_slots(made, 1, output.dim()))
+    t.add_producer(op, made)
+    if not depthwise:
+        t.add_reader(op, x, weight, in_axis, groups, transposed)
+
+
+def _is_merged(t: Tracer, weight: Tensor, made: np.ndarray | None) -> bool:
+    """Whether a grouped weight is a reshaped parameter, so that its input axis is not one axis of it."""
+    return made is None or (weight.size(1) > 1 and t.slots_along(weight, 1) is None)
+
+
+def _depthwise(t: Tracer, ids: Tensor, made: np.ndarray | None, groups: int, width: int) -> None:
+    """Filter i (or its `multiple` filters) reads channel i; the number of groups follows the channels."""
+    if made is None:
+        return
+    multiple = width // groups
+    for offset in range(multiple):
+        tie(t, made[offset::multiple], ids, 1)
+    t.claim_groups(line(ids, 1))
+
+
+def _grouped(t: Tracer, op: Op, ids: Tensor, made: np.ndarray | None, groups: int) -> None:
+    """Blocks keep equal counts, so the same offset of every block is one unit, on both sides."""
+    assert made is not None
+    first = line(ids, 1)
+    index, found = along(ids, 1)
+    t.facts.unify(first[index], found)
+    blocks = first.reshape(groups, -1)
+    t.facts.align(blocks)
+    t.facts.align(made.reshape(groups, -1))
+    if (first == NONE).any():
+        t.freeze(first, "a grouped convolution reads data that no layer made")
+    reads = t.slots_along(op.args[1], 1)
+    if reads is not None:
+        t.facts.unify(reads, blocks[0])
+
+
+def _dense_input(t: Tracer, slots: np.ndarray | None, ids: Tensor, axis: int) -> None:
+    if slots is None:
+        if varying_axes(ids) and ids.size(axis) > 1:
+            t.freeze(distinct(ids), "read by a weight whose layout is unclear")
+    elif varies(ids, axis):
+        tie(t, slots, ids, axis)
+    else:
+        t.freeze(slots, "reads data that no layer made")
+        t.freeze(distinct(ids), "one channel read as many")
+
+
+def _bias(t: Tracer, bias: Tensor | None, made: np.ndarray) -> None:
+    if bias is None or not t.is_parametric(bias):
+        return
+    slots = t.slots_along(bias, bias.dim() - 1)
+    if slots is not None:
+        t.facts.unify(slots, made)
+    elif bias.numel() > 1:
+        t.freeze(made, "a bias whose layout is unclear")
+
+
+def _freeze_layer(t: Tracer, ids: Tensor, weights: list[Tensor], why: str) -> None:
+    t.freeze(distinct(ids), why)
+    for weight in weights:
+        if t.is_parametric(weight):
+            t.freeze_parameter(weight, why)
+        else:
+            t.freeze(distinct(t.ids(weight)), why)
+
+
+def matrix_product(t: Tracer, op: Op) -> None:
+    """x @ w with a parameter on the right is a linear layer: rows of w read, columns make."""
+    bias, x, weight = op.args if op.name == "addmm" else (None, op.args[0], op.args[1])
+    output = op.outputs[0]
+    t.count_macs(1, t.axis_ids(x, 0), t.axis_ids(weight, 0), t.axis_ids(weight, 1))
+    if not t.is_parametric(weight) and not t.is_parametric(x):
+        ids = _contract(t, t.ids(x)[None], t.ids(weight)[None], (1, *output.shape))
+        t.write(output, ids[0])
+        return None
+    ids = t.ids(x)
+    reads = t.slots_along(weight, 0) if t.is_parametric(weight) else None
+    makes = t.slots_along(weight, 1) if t.is_parametric(weight) else None
+    if t.is_parametric(x) or not t.is_parametric(weight):
+        why = "matrix product with a parameter on the left"
+    elif (reads is None and weight.size(0) > 1) or (makes is None and weight.size(1) > 1):
+        why = "a weight whose layout is unclear"
+    elif varies(ids, 0) and not varies(ids, 1):
+        return _linear_over_positions(t, output, ids, weight)
+    else:
+        why = None
+    if why is not None:
+        _freeze_layer(t, no_ids(x.shape) if t.is_parametric(x) else ids, [x, weight], why)
+        t.write(output, no_ids(output.shape))
+        return None
+    _dense_input(t, reads, ids, 1)
+    if makes is None:
+        t.write(output, no_ids(output.shape))
+    else:
+        _bias(t, bias, makes)
+        t.write(output, from_slots(makes, 1, 2))
+        t.add_producer(op, makes)
+    t.add_reader(op, x, weight, 0, 1, False)
+    return None
+
+
+def _linear_over_positions(t: Tracer, output: Tensor, ids: Tensor, weight: Tensor) -> None:
+    """A linear layer over tokens or pixels: channels pass it, its own axes are positions."""
+    t.freeze_parameter(weight, "a linear layer over positions")
+    t.write(output, ids[:, :1].expand(output.shape))
+
+
+def batched_product(t: Tracer, op: Op) -> None:
+    """Activation times activation (attention): what is summed over must be the same channels."""
+    a, b = (op.args[1], op.args[2]) if op.name == "baddbmm" else (op.args[0], op.args[1])
+    t.count_macs(1, *(t.axis_ids(a, axis) for axis in range(3)), t.axis_ids(b, 2))
+    if t.is_parametric(a) or t.is_parametric(b):
+        _freeze_layer(t, no_ids(()), [a, b], "a batched product with a parameter")
+    ids = _contract(t, t.ids(a), t.ids(b), tuple(op.outputs[0].shape))
+    if op.name == "baddbmm":
+        ids = join(t, [ids, t.ids(op.args[0])])
+    t.write(op.outputs[0], ids)
+
+
+def _contract(t: Tracer, a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(B, M, K) x (B, K, N) of ids: K meets K; ids on M or N pass on, unless both carry some."""
+    a_sums, b_sums = varies(a, 2), varies(b, 1)
+    a_keeps, b_keeps = varies(a, 1), varies(b, 2)
+    if a_sums and b_sums and not a_keeps and not b_keeps:
+        join(t, [a[:, 0], b[:, :, 0]])
+    elif a_sums != b_sums and not a_keeps and not b_keeps:
+        t.freeze(distinct(a if a_sums else b), "multiplied with data that no layer made")
+    elif a_sums or b_sums or (a_keeps and b_keeps):
+        t.freeze(distinct(a, b), "a product with channels on two axes")
+        return no_ids(shape)
+    if a_sums or b_sums:
+        return no_ids(shape)
+    if a_keeps:
+        return a[:, :, :1].expand(shape)
+    if b_keeps:
+        return b[:, :1, :].expand(shape)
+    return join(t, [a[:, :1, :1], b[:, :1, :1]]).expand(shape)
+
+
+def fused_attention(t: Tracer, op: Op) -> None:
+    """softmax(q k^T) v: the widths of q and k meet, v's width passes on."""
+    query, key, value = (t.ids(x) for x in op.args[:3])
+    output = op.outputs[0]
+    scores = (*op.args[0].shape[:3], op.args[1].shape[2])
+    t.count_macs(int(np.prod(scores)), t.axis_ids(op.args[0], 3))
+    t.count_macs(int(np.prod(scores)), t.axis_ids(op.args[2], 3))
+    if query.dim() != 4 or any(varies(ids, axis) for ids in (query, key, value) for axis in (1, 2)):
+        t.freeze(distinct(query, key, value), "attention over channels")
+        t.write(output, no_ids(output.shape))
+        return
+    join(t, [query[:, 0, 0], key[:, 0, 0]])
+    t.write(output, value[:, :, :1].expand(output.shape))
+
+
+# ---- norms, softmax, reductions -----------------------------------------------------------------
+def batch_norm(t: Tracer, op: Op) -> None:
+    """Gain, bias and running statistics belong to the channels of axis 1."""
+    ids = t.ids(op.inputs[0])
+    _norm_parameters(t, op.inputs[1:], ids, (1,))
+    t.write(op.outputs[0], ids)
+
+
+def group_norm(t: Tracer, op: Op) -> None:
+    """Like batch norm; groups keep equal counts, and their statistics change with what is removed."""
+    ids, groups = t.ids(op.inputs[0]), op.args[6]
+    if ids.dim() > 1 and varies(ids, 1):
+        _norm_parameters(t, op.inputs[1:], ids, (1,))
+        t.facts.align(line(ids, 1).reshape(groups, -1))
+        t.note_statistics(op)
+    t.write(op.outputs[0], ids)
+
+
+def layer_norm(t: Tracer, op: Op) -> None:
+    """Gain and bias belong to the normalised axes, whose statistics change with what is removed."""
+    ids = t.ids(op.inputs[0])
+    axes = tuple(range(ids.dim() - len(op.args[1]), ids.dim()))
+    _norm_parameters(t, op.inputs[1:], ids, axes)
+    t.write(op.outputs[0], ids)
+    if any(varies(ids, axis) for axis in axes):
+        t.note_statistics(op)
+        t.claim_sizes([(ids.size(axis), line(ids, axis)) for axis in axes if varies(ids, axis)])
+
+
+def _norm_parameters(t: Tracer, parameters: list[Tensor], ids: Tensor, axes: tuple[int, ...]) -> None:
+    for parameter in parameters:
+        for own, axis in enumerate(axes):
+            if not t.is_parametric(parameter):
+                join(t, [t.ids(parameter), compress(ids, (axis,)).movedim(axis, -1).flatten(0, -2)[0]])
+            elif (slots := t.slots_along(parameter, own)) is not None:
+                tie(t, slots, ids, axis) if varies(ids, axis) else t.freeze(slots, "a norm over other axes")
+
+
+def softmax(t: Tracer, op: Op) -> None:
+    """Over channels a softmax changes with what is removed; over attention's or radix axes it doesn't."""
+    ids = t.ids(op.inputs[0])
+    axis = op.args[1] % max(1, ids.dim())
+    axes = varying_axes(ids)
+    if axis in axes:
+        if len(axes) > 1:
+            ids = t.collapse(op.inputs[0], ids, axis)
+        else:
+            t.freeze(distinct(ids), "softmax over channels")
+    t.write(op.outputs[0], ids)
+
+
+def reduction(t: Tracer, op: Op) -> None:
+    """Reduced positions pass their id on; a reduction over channels is a statistic that changes."""
+    x = op.inputs[0]
+    ids, reduced = t.ids(x), reduced_axes(op, x)
+    axes = varying_axes(ids)
+    over = [axis for axis in reduced if axis in axes]
+    kept = [axis for axis in axes if axis not in reduced]
+    for axis in over if kept else ():
+        ids = t.collapse(x, ids, axis)
+    if over and not kept:
+        if op.name in ("argmax", "argmin"):
+            t.freeze(distinct(ids), f"{op.name} over channels")
+        if op.name != "sum":  # zeros leave a sum as it is
+            t.note_statistics(op)
+        ids = no_ids(ids.shape)
+    for axis in reduced:
+        ids = ids.narrow(axis, 0, 1)
+    for output in op.outputs:
+        t.write(output, ids.reshape(output.shape))
+
+
+def reduced_axes(op: Op, x: Tensor) -> list[int]:
+    """Return the axes a reduction runs over, whatever its signature."""
+    dims = op.kwargs.get("dim", op.arg(1))
+    if op.name in ("norm", "linalg_vector_norm"):
+        dims = op.arg(2)
+    if not isinstance(dims, (int, list, tuple)) or isinstance(dims, bool) or dims == [] or x.dim() == 0:
+        return list(range(x.dim()))
+    return sorted({d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)})
+
+
+# ---- positions ----------------------------------------------------------------------------------
+def pooling(t: Tracer, op: Op) -> None:
+    """Pooling and resizing work on each channel; a window keeps the id that is uniform over it."""
+    ids, output = t.ids(op.inputs[0]), op.outputs[0]
+    small = compress(ids, (0, 1))
+    spatial = [axis for axis in range(2, ids.dim()) if small.size(axis) > 1]
+    if spatial and not varies(ids, 1):
+        t.freeze(distinct(ids), f"{op.name} over positions of several channels")
+        t.write(output, no_ids(output.shape))
+        return
+    if spatial:  # several ids in one window (after a pixel shuffle) are one
+        index, found = along(ids, 1)
+        t.facts.unify(line(ids, 1)[index], found)
+    for axis in spatial:
+        small = small.narrow(axis, 0, 1)
+    for result in op.outputs:
+        t.write(result, small.expand((*result.shape[:2], *[1] * (result.dim() - 2))))
+
+
+def padding(t: Tracer, op: Op) -> None:
+    """Pads copy the edge's ids; zeros padded beside channels are channels that can't go."""
+    ids, pads = t.ids(op.inputs[0]), op.args[1]
+    for number in range(len(pads) // 2):
+        axis, (before, after) = ids.dim() - 1 - number, pads[2 * number : 2 * number + 2]
+        if before == after == 0:
+            continue
+        length, channels = ids.size(axis), varies(ids, axis)
+        source = torch.arange(-before, length + after)
+        padded = ids.index_select(axis, source.clamp(0, length - 1))
+        if channels and op.name == "constant_pad_nd":
+            padded.index_fill_(axis, ((source < 0) | (source >= length)).nonzero().flatten(), PADDING)
+        elif channels:
+            t.freeze(distinct(ids), f"{op.name} along channels")
+        ids = padded
+    t.write(op.outputs[0], ids)
+
+
+def concatenation(t: Tracer, op: Op) -> None:
+    """Joined along channels, ids lie side by side; along positions, they meet."""
+    parts = [x for x in op.args[0] if x.numel()]
+    output, shadows = op.outputs[0], [t.ids(x) for x in parts]
+    axis = op.arg(1, 0) % output.dim()
+    if not any(varies(ids, axis) for ids in shadows) and any(varying_axes(ids) for ids in shadows):
+        t.write(output, join(t, [ids.narrow(axis, 0, 1) for ids in shadows]).expand(output.shape))
+        return
+    small = [compress(ids, (axis,)) for ids in shadows]
+    shape = torch.broadcast_shapes(*[(*s.shape[:axis], 1, *s.shape[axis + 1 :]) for s in small])
+    t.write(
+        output, torch.cat([s.expand(*shape[:axis], s.size(axis), *shape[axis + 1 :]) for s in small], axis)
+    )
+
+
+def copy(t: Tracer, op: Op) -> None:
+    """A copy or a fixed rearrangement of elements: the same operation on the shadow."""
+    for output, ids in zip(op.outputs, t.rearranged(op, t.ids), strict=True):
+        t.write(output, ids)
+
+
+def lookup(t: Tracer, op: Op) -> None:
+    """Picks positions by stored numbers; where these count channels, removal would shift them."""
+    x = op.args[0]
+    axes = set(varying_axes(t.ids(x)))
+    dims = _looked_up(op, x)
+    if axes & dims:
+        t.freeze(distinct(t.ids(x)), f"channels picked by stored positions ({op.name})")
+    copy(t, op)
+
+
+def _looked_up(op: Op, x: Tensor) -> set[int]:
+    if op.name == "index":
+        return {axis for axis, index in enumerate(op.args[1]) if index is not None}
+    if op.name in ("roll", "rot90"):
+        dims = op.arg(2, [0])
+        return {d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)}
+    return {op.arg(2, 0) % x.dim()} if op.name == "repeat_interleave" else {op.arg(1, 0) % x.dim()}
+
+
+def channel_shuffle(t: Tracer, op: Op) -> None:
+    """Interleaves blocks of channels: they must keep equal counts."""
+    t.facts.align(line(t.ids(op.inputs[0]), 1).reshape(op.args[1], -1))
+    copy(t, op)
+
+
+def unknown(t: Tracer, op: Op) -> None:
+    """No rule: whatever it touches stays as it is, and the reason says so."""
+    _freeze_layer(t, no_ids(()), op.inputs, f"no rule for operation '{op.name}'")
+    for output in op.outputs:
+        t.write(output, no_ids(output.shape))
+
+
+# ---- views --------------------------------------------------------------------------------------
+def view(t: Tracer, op: Op) -> None:
+    """Views read the same shadow; what needs a word is a size written in Python."""
+    x, output = op.inputs[0], op.outputs[0]
+    if op.name in RESHAPES:
+        reshaped(t, x, output)
+    elif t.is_parametric(x):
+        _cut_parameter(t, op, x)
+    elif op.name in ("split", "split_with_sizes", "chunk", "tensor_split"):
+        _split(t, op)
+    elif op.name in ("slice", "narrow"):
+        _slice(t, op)
+    elif op.name in ("select", "unbind") and varies(t.ids(x), axis := op.arg(1, 0) % x.dim()):
+        t.freeze(line(t.ids(x), axis), "a channel picked by its position")
+    elif op.name == "expand":
+        t.claim_shape(output)
+
+
+def reshaped(t: Tracer, x: Tensor, output: Tensor) -> None:
+    """Channels laid over several axes go in equal numbers from each: the longest axis shrinks."""
+    ids = t.ids(output)
+    axes = varying_axes(ids)
+    if not t.is_parametric(x) and len(axes) > max(1, len(varying_axes(t.ids(x)))):
+        shrinks = max(axes, key=lambda axis: (ids.size(axis), axis))
+        for axis in axes:
+            if axis != shrinks:
+                ids = t.collapse(output, ids, axis)
+    t.claim_shape(output)
+
+
+def _cut_parameter(t: Tracer, op: Op, x: Tensor) -> None:
+    """A parameter cut into parts: where the cut lies is written in the code."""
+    if op.name in ("split", "split_with_sizes", "chunk", "slice", "narrow", "select", "unbind"):
+        axis = op.arg(2 if "split" in op.name else 1, 0) % x.dim()
+        whole = op.name in ("slice", "narrow") and op.outputs[0].size(axis) == x.size(axis)
+        slots = t.slots_along(x, axis)
+        if slots is not None and not whole:
+            t.freeze(slots, "a parameter cut at positions written in the code")
+
+
+def _split(t: Tracer, op: Op) -> None:
+    ids = t.ids(op.inputs[0])
+    axis = op.arg(2, 0) % ids.dim()
+    if not varies(ids, axis):
+        return
+    parts = [line(t.ids(output), axis) for output in op.outputs]
+    equal = len({len(part) for part in parts}) == 1
+    if equal and (op.name != "split_with_sizes" or not t.call_has_tags()):
+        t.facts.align(np.stack(parts))
+    if t.call_name() == "chunk":
+        return
+    claims = [(len(part), part) for part in parts]
+    if not t.claim_sizes(claims if op.name == "split_with_sizes" else claims[:1]):
+        t.freeze(line(ids, axis), "split at sizes written in the code")
+
+
+def _slice(t: Tracer, op: Op) -> None:
+    """A cut between channels stands at a number that must be found again after removal."""
+    x, output = op.inputs[0], op.outputs[0]
+    axis = op.arg(1, 0) % x.dim()
+    ids = t.ids(x)
+    if output.size(axis) == x.size(axis) or not varies(ids, axis):
+        return
+    channels = line(ids, axis)
+    start = op.arg(2) or 0
+    start += x.size(axis) if start < 0 else 0
+    stop = start + output.size(axis) * op.arg(4, 1)
+    cuts = [(cut, channels[:cut]) for cut in (start, stop) if 0 < cut < x.size(axis)]
+    if op.arg(4, 1) != 1 or not all(t.claim_sizes([cut]) for cut in cuts):
+        t.freeze(channels, "cut at a position written in the code")
+
+
+# ---- weights computed from parameters -----------------------------------------------------------
+def derive(t: Tracer, op: Op) -> None:
+    """A tensor computed from parameters alone remembers, element by element, where it comes from."""
+    parametric = [x for x in op.inputs if t.is_parametric(x)]
+    main = max(parametric, key=lambda x: x.numel())
+    output = op.outputs[0] if op.outputs else None
+    if output is None or not (main.is_floating_point() or output.is_floating_point() or op.name in COPIES):
+        return
+    if op.pointwise and output.numel() == main.numel():
+        for other in parametric:
+            if other is not main:
+                _same_slots(t, other, main)
+        t.derive(output, t.elements(main).reshape(output.shape))
+    elif op.name in ("native_batch_norm", "_native_batch_norm_legit"):
+        for other in parametric:
+            _same_slots(t, other, main, axis=1) if other is not main else None
+        t.derive(output, t.elements(main))
+        for statistic in op.outputs[1:]:
+            t.derive(statistic, t.elements(main)[0].flatten(1)[:, 0])
+        t.note_statistics(op)
+    elif op.name in REDUCTIONS:
+        elements = t.elements(main)
+        for axis in reversed(reduced_axes(op, main)):
+            elements = elements.narrow(axis, 0, 1)
+        for result in op.outputs:
+            t.derive(result, elements.reshape(result.shape))
+        t.note_statistics(op)
+    elif op.name in COPIES or op.name in LOOKUPS:
+        for result, elements in zip(op.outputs, t.rearranged(op, t.elements), strict=True):
+            t.derive(result, elements)
+    else:
+        for parameter in parametric:
+            t.freeze_parameter(parameter, f"a weight computed by '{op.name}'")
+
+
+def _same_slots(t: Tracer, a: Tensor, b: Tensor, axis: int | None = None) -> None:
+    """Unify the slots of two parameters where they are broadcast against each other."""
+    pairs = [(0, axis)] if axis is not None else [(-k, -k) for k in range(1, min(a.dim(), b.dim()) + 1)]
+    for own, other in pairs:
+        if a.size(own) == b.size(other) > 1:
+            mine, theirs = t.slots_along(a, own % a.dim()), t.slots_along(b, other % b.dim())
+            if mine is not None and theirs is not None:
+                t.facts.unify(mine, theirs)
+
+
+# ---- the table ----------------------------------------------------------------------------------
+POINTWISE = names(
+    "hardswish hardswish_ _prelu_kernel prelu log_sigmoid_forward masked_fill masked_fill_ dropout"
+    " native_dropout where hardsigmoid hardsigmoid_ lerp addcmul addcmul_ softplus relu6 bernoulli"
+    " rrelu_with_noise"
+)
+COPIES = names(
+    "clone _to_copy contiguous cat stack flip repeat pixel_shuffle pixel_unshuffle tril triu detach"
+    " lift_fresh im2col split_with_sizes_copy"
+)
+LOOKUPS = names("index_select index gather take_along_dim roll rot90 repeat_interleave")
+POOLINGS = names(
+    "max_pool1d max_pool2d max_pool2d_with_indices max_pool3d_with_indices mkldnn_max_pool2d"
+    " avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d _adaptive_avg_pool2d"
+    " _adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d"
+    " upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact2d"
+    " upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d"
+    " _upsample_bilinear2d_aa _upsample_bicubic2d_aa grid_sampler_2d"
+)
+PADDINGS = names(
+    "constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d"
+    " replication_pad2d replication_pad3d"
+)
+REDUCTIONS = names(
+    "mean sum amax amin max min var std var_mean std_mean norm linalg_vector_norm logsumexp argmax"
+    " argmin prod any all"
+)
+RESHAPES = names("view _unsafe_view unflatten reshape")
+FILLS = names(
+    "fill_ zero_ uniform_ normal_ bernoulli_ as_strided_ transpose_ t_ squeeze_ unsqueeze_ swapaxes_"
+    " detach_ requires_grad_"
+)
+FACTORIES = names(
+    "zeros ones empty full arange scalar_tensor new_zeros new_ones new_empty new_full zeros_like"
+    " ones_like empty_like full_like rand randn rand_like randn_like linspace empty_strided"
+    " new_empty_strided sym_size eye hann_window hamming_window _local_scalar_dense item is_nonzero"
+)
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(POINTWISE, pointwise),
+    **dict.fromkeys(COPIES, copy),
+    **dict.fromkeys(LOOKUPS, lookup),
+    **dict.fromkeys(POOLINGS, pooling),
+    **dict.fromkeys(PADDINGS, padding),
+    **dict.fromkeys(REDUCTIONS, reduction),
+    **dict.fromkeys(("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution"), convolution),
+    **dict.fromkeys(("mm", "addmm"), matrix_product),
+    **dict.fromkeys(("bmm", "baddbmm"), batched_product),
+    **dict.fromkeys(
+        (
+            "_scaled_dot_product_flash_attention_for_cpu",
+            "_scaled_dot_product_flash_attention",
+            "_scaled_dot_product_efficient_attention",
+            "_scaled_dot_product_cudnn_attention",
+        ),
+        fused_attention,
+    ),
+    **dict.fromkeys(
+        (
+            "native_batch_norm",
+            "_native_batch_norm_legit",
+            "_native_batch_norm_legit_no_training",
+            "cudnn_batch_norm",
+            "miopen_batch_norm",
+        ),
+        batch_norm,
+    ),
+    "native_group_norm": group_norm,
+    "native_layer_norm": layer_norm,
+    "_softmax": softmax,
+    "_log_softmax": softmax,
+    "cat": concatenation,
+    "native_channel_shuffle": channel_shuffle,
+    "channel_shuffle": channel_shuffle,
+}

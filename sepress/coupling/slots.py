@@ -1,0 +1,184 @@
+"""Every index of every axis of every parameter and buffer is a slot: a node of one union-find.
+
+A channel is a connected set of slots: the filters that make it, the gains that scale it, the
+columns that read it. Rules (rules.py) state which slots are one; the components are the channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor, nn
+
+NONE = 0  # an element that no slot made: images and constants
+PADDING = 1  # zeros that a pad put beside channels; their number is written in the code
+FIRST_SLOT = 2
+
+Ids = np.ndarray  # int64 slot ids
+
+
+def names(text: str) -> frozenset[str]:
+    """Return the words of a text: how the tables of operations are written."""
+    return frozenset(text.split())
+
+
+def named_tensors(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield parameters, then buffers, under every name they have (tied ones several times)."""
+    yield from net.named_parameters(remove_duplicate=False)
+    yield from net.named_buffers(remove_duplicate=False)
+
+
+class SlotTable:
+    """The slots of a net, and which of them an axis of a (view of a) parameter holds.
+
+    Parameters are known by where they lie in memory, so tied ones are one and views need no names.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self.names: list[str] = []  # first name where tied
+        self.shapes: list[tuple[int, ...]] = []
+        self.parameters: set[str] = set()
+        self.axes: list[tuple[int, int]] = []  # axis number -> (parameter, dim)
+        self.first_slot: list[list[int]] = []  # [parameter][dim] -> id of index 0
+        self.clashing: set[int] = set()  # parameters that share memory in another layout
+        self._strides: list[tuple[int, ...]] = []
+        self._memory: dict[int, list[tuple[int, int, int]]] = {}  # storage -> (start, stop, parameter)
+        self._first_element = [1]  # of each parameter, in a count over all; 0 means 'unclear'
+        axis_of: list[np.ndarray] = [np.full(FIRST_SLOT, -1)]
+        self.size = FIRST_SLOT
+        trained = {id(p) for p in net.parameters()}
+        for name, tensor in named_tensors(net):
+            if self._is_known(tensor):
+                continue
+            number = len(self.names)
+            self.names.append(name)
+            self.shapes.append(tuple(tensor.shape))
+            self._strides.append(tensor.stride())
+            self._first_element.append(self._first_element[-1] + tensor.numel())
+            if id(tensor) in trained:
+                self.parameters.add(name)
+            self.first_slot.append([])
+            for dim, length in enumerate(tensor.shape):
+                self.first_slot[-1].append(self.size)
+                axis_of.append(np.full(length, len(self.axes)))
+                self.axes.append((number, dim))
+                self.size += length
+        self.axis_of = np.concatenate(axis_of)
+
+    def _is_known(self, tensor: Tensor) -> bool:
+        """Whether these elements were met before; if not, note where they lie."""
+        start, number = tensor.storage_offset(), len(self.names)
+        stop = start + max(1, tensor.numel())
+        places = self._memory.setdefault(tensor.untyped_storage()._cdata, [])
+        for other_start, other_stop, other in places:
+            if (other_start, other_stop) == (start, stop):
+                if self._strides[other] != tensor.stride() or self.shapes[other] != tuple(tensor.shape):
+                    self.clashing.add(other)
+                return True
+            if start < other_stop and other_start < stop:
+                self.clashing |= {other, number}
+        places.append((start, stop, number))
+        return False
+
+    def find(self, tensor: Tensor) -> int | None:
+        """Return the number of the parameter or buffer that this tensor is a view of."""
+        offset = tensor.storage_offset()
+        for start, stop, number in self._memory.get(tensor.untyped_storage()._cdata, ()):
+            if start <= offset < stop:
+                return number
+        return None
+
+    def elements(self, tensor: Tensor) -> Tensor:
+        """Return the number of the parameter element that each element of a view is."""
+        places = self._memory[tensor.untyped_storage()._cdata]
+        start, _, number = next(p for p in places if p[0] <= tensor.storage_offset() < p[1])
+        count = self._first_element[number + 1] - self._first_element[number]
+        numbers = torch.arange(count) + self._first_element[number]
+        return numbers.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() - start)
+
+    def along(self, tensor: Tensor, axis: int) -> Ids | None:
+        """Return the slots along one axis of a view of a parameter, or None where they are not one axis."""
+        steps = np.arange(tensor.size(axis), dtype=np.int64) * tensor.stride(axis)
+        places = self._memory[tensor.untyped_storage()._cdata]
+        start, _, number = next(p for p in places if p[0] <= tensor.storage_offset() < p[1])
+        return self.of_elements(steps + (tensor.storage_offset() - start + self._first_element[number]))
+
+    def of_elements(self, elements: Ids) -> Ids | None:
+        """Return the slots that a row of element numbers walks along, if it walks along one axis."""
+        if len(elements) < 2 or (elements < 1).any():
+            return None
+        numbers = np.searchsorted(self._first_element, elements, "right") - 1
+        number = int(numbers[0])
+        if (numbers != number).any() or number >= len(self.names) or number in self.clashing:
+            return None
+        indices = self._indices(number, elements - self._first_element[number])
+        moving = [dim for dim, index in enumerate(indices) if (index != index[0]).any()]
+        if len(moving) != 1 or len(np.unique(indices[moving[0]])) != len(elements):
+            return None
+        return self.first_slot[number][moving[0]] + indices[moving[0]]
+
+    def _indices(self, number: int, memory: Ids) -> list[Ids]:
+        """Turn offsets in a parameter's memory into an index for each dim (any dense layout)."""
+        shape, strides = self.shapes[number], self._strides[number]
+        indices = [np.zeros_like(memory) for _ in shape]
+        for dim in sorted(range(len(shape)), key=lambda d: -strides[d]):
+            if shape[dim] > 1:
+                indices[dim], memory = np.divmod(memory, strides[dim])
+        return indices
+
+    def every_slot(self, number: int) -> Ids:
+        """Return all slots of one parameter."""
+        first = self.first_slot[number]
+        return np.arange(first[0], first[-1] + self.shapes[number][-1]) if first else np.zeros(0, np.int64)
+
+    def owner(self, slot: int) -> str:
+        """Return the module that holds a slot's parameter (through torch's parametrizations)."""
+        return owner_of(self.names[self.axes[self.axis_of[slot]][0]])
+
+
+def owner_of(name: str) -> str:
+    """Return the module that a state-dict name belongs to: `a.parametrizations.weight.original` is a's."""
+    if "parametrizations." in name:
+        return name.split("parametrizations.")[0].rstrip(".")
+    return name.rpartition(".")[0]
+
+
+class Facts:
+    """What the rules found: which ids are one channel, and which can't be removed and why."""
+
+    def __init__(self) -> None:
+        self._left: list[Ids] = []
+        self._right: list[Ids] = []
+        self.frozen: list[tuple[Ids, str]] = []
+
+    def unify(self, a: Ids, b: Ids) -> None:
+        """State that a[i] and b[i] are one channel, for every i; elements without an id say nothing."""
+        a, b = (np.asarray(ids).ravel().astype(np.int64) for ids in (a, b))
+        differ = (a != b) & (a != NONE) & (b != NONE)
+        if differ.any():
+            self._left.append(a[differ])
+            self._right.append(b[differ])
+
+    def align(self, rows: Ids) -> None:
+        """State that blocks (rows) must keep equal counts: the same offset of every block is one unit."""
+        for row in rows[1:]:
+            self.unify(rows[0], row)
+
+    def freeze(self, ids: Ids | Iterable[int], why: str) -> None:
+        """State that none of these ids can be removed."""
+        ids = np.unique(np.asarray(ids))
+        ids = ids[ids >= FIRST_SLOT].astype(np.int64)
+        if len(ids):
+            self.frozen.append((ids, why))
+
+    def components(self, size: int) -> np.ndarray:
+        """Return the component that each of `size` ids belongs to."""
+        left = np.concatenate([np.zeros(0, np.int64), *self._left])
+        right = np.concatenate([np.zeros(0, np.int64), *self._right])
+        edges = coo_matrix((np.ones(len(left), np.int8), (left, right)), shape=(size, size))
+        labels: np.ndarray = connected_components(edges, directed=False)[1]
+        return labels

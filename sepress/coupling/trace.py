@@ -1,0 +1,553 @@
+"""Run a network once on one image and note, operation by operation, which channels depend on which.
+
+Two modes do it: a dispatch mode sees every operation and keeps ids beside activations; a function
+mode sees the Python calls, which give sites for taps and carry tagged ints. The net is left as it was.
+"""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from sepress.coupling import rules
+from sepress.coupling.gating import GateFinder, Mark
+from sepress.coupling.rules import Op
+from sepress.coupling.shadows import Shadows, compress, distinct, line, no_ids, varies, varying_axes
+from sepress.coupling.slots import Facts, SlotTable, names
+from sepress.coupling.tags import AttributeSource, SizeSource, TaggedInt, tagged_attributes
+from sepress.errors import InputError
+from sepress.types import CallSite
+
+Inputs = Tensor | tuple[Tensor, ...]
+READING_CALLS = names(
+    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear matmul __matmul__"
+    " mm addmm"
+)
+# Where ids end, so where a mask must have made zeros.
+READING_OPS = names(
+    "convolution _convolution cudnn_convolution mkldnn_convolution mm addmm bmm baddbmm sum"
+    " _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention"
+    " _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"
+)
+SWEEP_EVERY = 64  # operations between two looks for dead storages
+
+
+@dataclass
+class Call:
+    """The outermost torch function call that runs."""
+
+    index: int
+    name: str
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+
+    def tags(self) -> list[TaggedInt]:
+        """Return the tagged ints among the arguments, slices included, in order."""
+        leaves = tree_leaves((tuple(self.args[1:]), self.kwargs))
+        parts = [p for x in leaves for p in ((x.start, x.stop) if isinstance(x, slice) else (x,))]
+        return [p for p in parts if isinstance(p, TaggedInt)]
+
+
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """What one operation of the forward read and made: ids that broadcast to its tensors."""
+
+    name: str
+    module: str
+    reads: tuple[tuple[int, np.ndarray], ...]  # (position among its tensors, ids): ended here
+    inputs: tuple[tuple[np.ndarray, ...] | None, ...]  # of operations with statistics only
+    outputs: tuple[tuple[np.ndarray, ...] | None, ...]  # several arrays: gone where any says so
+    statistics: bool  # its statistics run over channels, so they change with removal
+
+
+@dataclass(frozen=True, eq=False)
+class MadeBy:
+    """The output slots of a convolution or linear layer."""
+
+    slots: np.ndarray
+    mark: Mark | None  # of the input: whether it lies in a gate's branch
+
+
+@dataclass(frozen=True, eq=False)
+class ReadBy:
+    """One layer that reads, as the trace met it."""
+
+    parameter: str
+    dim: int
+    groups: int
+    transposed: bool
+    site: CallSite
+    ids: np.ndarray  # along the axis read
+    mark: Mark | None
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A term of the MACs: a constant times the surviving lengths of axes."""
+
+    constant: int
+    axes: tuple[np.ndarray, ...]
+
+
+class Tracer(TorchDispatchMode):
+    """Interprets every operation on ids beside its real execution; collects facts for groups.py."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.slots = SlotTable(net)
+        self.facts = Facts()
+        self.shadows = Shadows()
+        self.derived = Shadows(torch.int64)  # element numbers of tensors computed from parameters
+        self.gates = GateFinder()
+        self.operations: list[Operation] = []
+        self.products: list[Product] = []
+        self.producers: list[MadeBy] = []
+        self.readers: list[ReadBy] = []
+        self.claims: dict[AttributeSource, tuple[np.ndarray, TaggedInt]] = {}
+        self.group_counts: dict[str, np.ndarray] = {}  # depthwise module -> ids of its input
+        self.calls: list[str] = []
+        self.call: Call | None = None
+        self.modules: list[str] = []  # those running, innermost last
+        self._statistics: set[int] = set()
+        for number in self.slots.clashing:
+            self.freeze(self.slots.every_slot(number), "shares memory with another parameter")
+
+    # ---- the interpreter ------------------------------------------------------------------------
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        traced = any(x in self.shadows for x in inputs)
+        if traced and name in ("_local_scalar_dense", "is_nonzero", "item"):
+            raise _data_dependent(self.module)
+        result = func(*args, **kwargs)
+        outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        op = Op(len(self.operations), name, func, args, kwargs, inputs, outputs)
+        if name not in rules.FACTORIES and (traced or any(self.is_parametric(x) for x in inputs)):
+            self._interpret(op, traced)
+        self._record(op)
+        if op.index % SWEEP_EVERY == 0:
+            for memory in (self.shadows, self.derived, self.gates):
+                memory.sweep()
+        return result
+
+    def _interpret(self, op: Op, traced: bool) -> None:
+        aliases = bool(op.outputs) and all(x in self.shadows or self.is_parametric(x) for x in op.outputs)
+        if op.func._schema.is_mutable and rules.RULES.get(op.name) is not rules.batch_norm:
+            rules.in_place(self, op)
+        elif aliases:
+            rules.view(self, op)
+        elif not traced:
+            rules.derive(self, op)
+        elif op.pointwise:
+            rules.pointwise(self, op)
+        else:
+            rules.RULES.get(op.name, rules.unknown)(self, op)
+        if traced:
+            self.gates.observe(self, op)
+
+    def _record(self, op: Op) -> None:
+        statistics = op.index in self._statistics
+        reads = tuple(
+            (position, compress(self.ids(x)).numpy())
+            for position, x in enumerate(op.inputs)
+            if op.name in READING_OPS and x in self.shadows
+        )
+        self.operations.append(
+            Operation(
+                op.name,
+                self.module,
+                tuple((position, ids.copy()) for position, ids in reads if ids.any()),
+                tuple(self._layers_of_ids(x) for x in op.inputs) if statistics else (),
+                tuple(self._layers_of_ids(x) for x in op.outputs),
+                statistics,
+            )
+        )
+
+    def _layers_of_ids(self, x: Tensor) -> tuple[np.ndarray, ...] | None:
+        if x in self.shadows:
+            return (compress(self.shadows.read(x)).numpy().copy(),)
+        if not self.is_parametric(x):
+            return None
+        axes = [(axis, self.slots_along(x, axis)) for axis in range(x.dim()) if x.size(axis) > 1]
+        shape = [1] * x.dim()
+        return tuple(
+            slots.reshape([*shape[:axis], -1, *shape[axis + 1 :]])
+            for axis, slots in axes
+            if slots is not None
+        )
+
+    # ---- ids of tensors -------------------------------------------------------------------------
+    def is_parametric(self, x: Tensor) -> bool:
+        """Whether a tensor is a parameter or buffer, or was computed from these alone."""
+        return x not in self.shadows and (x in self.derived or self.slots.find(x) is not None)
+
+    def ids(self, x: Tensor) -> Tensor:
+        """Return the ids of a tensor, in its shape."""
+        if x in self.shadows:
+            return self.shadows.read(x)
+        if self.is_parametric(x):
+            for axis in reversed(range(x.dim())):
+                slots = self.slots_along(x, axis)
+                if slots is not None:
+                    return rules.from_slots(slots, axis, x.dim()).expand(x.shape)
+        return no_ids(x.shape)
+
+    def axis_ids(self, x: Tensor, axis: int) -> np.ndarray | int:
+        """Return the ids along an axis, or its length where it has none."""
+        if self.is_parametric(x):
+            slots = self.slots_along(x, axis)
+            return x.size(axis) if slots is None else slots
+        ids = self.ids(x)
+        return line(ids, axis) if varies(ids, axis) else x.size(axis)
+
+    def write(self, x: Tensor, ids: Tensor) -> None:
+        self.shadows.write(x, ids)
+
+    def overwrite(self, x: Tensor, ids: Tensor) -> None:
+        if x in self.shadows:
+            self.shadows.overwrite(x, ids)
+        else:
+            self.shadows.write(x, ids)
+
+    def collapse(self, x: Tensor, ids: Tensor, axis: int) -> Tensor:
+        """Make the ids along an axis one channel each, so that the axis no longer varies."""
+        first = ids.narrow(axis, 0, 1).expand(ids.shape)
+        small = compress(ids, (axis,))
+        self.facts.unify(small.numpy(), small.narrow(axis, 0, 1).expand(small.shape).numpy())
+        if x in self.shadows:
+            self.shadows.overwrite(x, first)
+        return first
+
+    def elements(self, x: Tensor) -> Tensor:
+        """Return which parameter element each element is (0: none)."""
+        if x in self.derived:
+            return self.derived.read(x)
+        if self.slots.find(x) is not None:
+            return self.slots.elements(x)
+        return torch.zeros(1, dtype=torch.int64).expand(x.shape)
+
+    def derive(self, x: Tensor, elements: Tensor) -> None:
+        self.derived.write(x, elements)
+
+    def slots_along(self, x: Tensor, axis: int) -> np.ndarray | None:
+        """Return the slots along one axis of a parametric tensor, or None where unclear."""
+        if x.size(axis) < 2 or x.stride(axis) == 0:
+            return None
+        if x in self.derived:
+            return self.slots.of_elements(line(self.derived.read(x), axis))
+        return self.slots.along(x, axis)
+
+    def rearranged(self, op: Op, read: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """Run an operation that only moves elements on what `read` gives for its tensors."""
+        if op.name in ("_to_copy", "clone", "detach", "contiguous", "lift_fresh"):
+            return [read(op.args[0])]
+        ignored = ("dtype", "device", "layout", "pin_memory", "non_blocking", "memory_format")
+
+        def shadow(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            index = not x.is_floating_point() and x is not op.args[0] and op.name != "cat"
+            return x.cpu() if index else read(x).to(torch.float64)  # exact up to 2^53
+
+        kwargs = {key: value for key, value in op.kwargs.items() if key not in ignored}
+        moved = op.func(*tree_map(shadow, tuple(op.args)), **tree_map(shadow, kwargs))
+        return [x.to(torch.int64) for x in tree_leaves(moved) if isinstance(x, Tensor)]
+
+    # ---- facts ----------------------------------------------------------------------------------
+    @property
+    def module(self) -> str:
+        return self.modules[-1] if self.modules else ""
+
+    def freeze(self, ids: np.ndarray, why: str) -> None:
+        where = f" in '{self.module}'" if self.module else ""
+        self.facts.freeze(ids, why + where)
+
+    def freeze_parameter(self, x: Tensor, why: str) -> None:
+        for axis in range(x.dim()):
+            slots = self.slots_along(x, axis)
+            if slots is not None:
+                self.freeze(slots, why)
+
+    def note_statistics(self, op: Op) -> None:
+        self._statistics.add(op.index)
+
+    def count_macs(self, constant: int, *lengths: np.ndarray | int) -> None:
+        for length in lengths:
+            constant *= length if isinstance(length, int) else 1
+        self.products.append(Product(constant, tuple(x for x in lengths if not isinstance(x, int))))
+
+    def add_producer(self, op: Op, slots: np.ndarray) -> None:
+        self.producers.append(MadeBy(slots, self.gates.marks.get(_data_of(op))))
+
+    def add_reader(self, op: Op, x: Tensor, weight: Tensor, axis: int, groups: int, transposed: bool) -> None:
+        """Note a layer that reads ids, if the call that runs it is one that a tap can see."""
+        slots = self.slots_along(weight, axis)
+        ids = self.ids(x)
+        if slots is None or self.call is None or self.call.name not in READING_CALLS or not varies(ids, 1):
+            return
+        outer = self._operand(x)
+        if outer is None:
+            return
+        position, tensor = outer
+        channels = tensor.dim() - x.dim() + 1 if op.name not in ("mm", "addmm") else tensor.dim() - 1
+        read = line(ids, 1)
+        if tensor.size(channels) != len(read):
+            return
+        parameter, dim = self.slots.axes[self.slots.axis_of[slots[0]]]
+        site = CallSite(self.call.index, self.call.name, position, channels, self.module)
+        mark = self.gates.marks.get(x)
+        self.readers.append(ReadBy(self.slots.names[parameter], dim, groups, transposed, site, read, mark))
+
+    # ---- the call that runs ---------------------------------------------------------------------
+    def _operand(self, x: Tensor) -> tuple[int, Tensor] | None:
+        """Return the position among the call's tensor arguments, and the argument, that x is (a view of)."""
+        if self.call is None:
+            return None
+        tensors = [a for a in tree_leaves((self.call.args, self.call.kwargs)) if isinstance(a, Tensor)]
+        storage = x.untyped_storage()._cdata
+        same = [(i, a) for i, a in enumerate(tensors) if a.untyped_storage()._cdata == storage]
+        return next(((i, a) for i, a in same if a is x), same[0] if same else None)
+
+    def call_site(self, x: Tensor, axis: int) -> CallSite | None:
+        """Return where a tap finds x on a later run: operand of the outermost call."""
+        outer = self._operand(x)
+        if outer is None or self.call is None or outer[1].shape != x.shape:
+            return None
+        return CallSite(self.call.index, self.call.name, outer[0], axis, self.module)
+
+    def call_name(self) -> str:
+        return self.call.name if self.call else ""
+
+    def call_has_tags(self) -> bool:
+        return bool(self.call and self.call.tags())
+
+    def claim_sizes(self, sizes: list[tuple[int, np.ndarray]]) -> bool:
+        """Bind the call's tagged ints to the channels they count, by value, in order; True if all are."""
+        tags = self.call.tags() if self.call else []
+        complete = True
+        for size, ids in sizes:
+            tag = next((tag for tag in tags if tag == size), None)
+            if tag is None:
+                complete = False
+                continue
+            tags = [other for other in tags if other is not tag]
+            self._claim(tag, ids)
+        return complete
+
+    def claim_shape(self, output: Tensor) -> None:
+        """Bind the sizes given to view, reshape or expand to the channels on the output's axes."""
+        if self.call is None or self.call.name not in ("view", "reshape", "expand"):
+            return
+        given = [*self.call.args[1:], *self.call.kwargs.values()]
+        sizes = list(given[0]) if given and isinstance(given[0], (list, tuple)) else given
+        for axis in range(output.dim()):
+            ids = self.axis_ids(output, axis)
+            if isinstance(ids, int):
+                continue
+            at = axis - output.dim() if self.call.name == "expand" else axis
+            size = sizes[at] if -len(sizes) <= at < len(sizes) else -1
+            if isinstance(size, TaggedInt):
+                self._claim(size, ids)
+            elif size != -1:
+                self.freeze(ids, "a width written in the code")
+
+    def claim_groups(self, ids: np.ndarray) -> None:
+        """Bind a depthwise convolution's number of groups to the channels it reads."""
+        call = self.call
+        conv = call is not None and call.name.startswith("conv")
+        count = (
+            call.kwargs.get("groups", call.args[6] if len(call.args) > 6 else None) if conv and call else None
+        )
+        if isinstance(count, TaggedInt):
+            self._claim(count, ids)
+        else:
+            self.freeze(ids, "a number of groups written in the code")
+
+    def _claim(self, tag: TaggedInt, ids: np.ndarray) -> None:
+        if isinstance(tag.source, SizeSource):
+            self._follow_size(tag, tag.source.ids, ids)
+            return
+        times = tag.factor.numerator
+        if (
+            times > 1
+            and tag.factor.denominator == 1
+            and (np.unique(ids, return_counts=True)[1] % times).any()
+        ):
+            self.facts.align(ids.reshape(times, -1))
+        first, _ = self.claims.setdefault(tag.source, (ids, tag))
+        if len(first) == len(ids):
+            self.facts.unify(first, ids)  # one number for two widths: they go together
+        elif tag.factor == self.claims[tag.source][1].factor:
+            self.freeze(np.concatenate([first, ids]), "one stored number counts different channels")
+
+    def _follow_size(self, tag: TaggedInt, source: np.ndarray, ids: np.ndarray) -> None:
+        """A size read from one tensor shapes another: position by position they are one channel."""
+        times, parts = tag.factor.numerator, tag.factor.denominator
+        if len(source) % parts or len(ids) % times or len(source) // parts != len(ids) // times:
+            self.freeze(np.concatenate([source, ids]), "a size computed in the code")
+            return
+        if (np.unique(ids, return_counts=True)[1] % times).any() or parts > 1:
+            for row in [*source.reshape(parts, -1), *ids.reshape(times, -1)]:
+                self.facts.unify(source.reshape(parts, -1)[0], row)
+        else:  # flattened: every channel `times` times in a row
+            self.facts.unify(np.repeat(source, times), ids)
+
+    def tag_sizes(self, name: str, args: Sequence[Any], size: Any) -> Any:
+        """Tag sizes read from an activation, so that other tensors shaped by them follow."""
+        if name not in ("__get__", "size") or not args or not isinstance(args[0], Tensor):
+            return size
+        if not isinstance(size, int | torch.Size) or args[0] not in self.shadows:
+            return size
+        ids = self.ids(args[0])
+        axes = varying_axes(ids)
+        if len(axes) != 1:
+            return size
+        source = SizeSource(line(ids, axes[0]))
+        if isinstance(size, torch.Size):
+            return torch.Size([TaggedInt(n, source) if axis in axes else n for axis, n in enumerate(size)])
+        return TaggedInt(size, source) if len(args) > 1 and args[1] % ids.dim() == axes[0] else size
+
+    def freeze_default_scale(self, call: Call) -> None:
+        """Fused attention scales by the head width unless told otherwise, so that width must stay."""
+        if call.name == "scaled_dot_product_attention" and call.kwargs.get("scale") is None:
+            for x in call.args[:2]:
+                self.freeze(distinct(self.ids(x)), "attention scaled by its head width")
+
+
+def _data_of(op: Op) -> Tensor:
+    data: Tensor = op.args[1] if op.name == "addmm" else op.args[0]
+    return data
+
+
+class _Calls(TorchFunctionMode):
+    """Tells the tracer which outermost torch function runs, and counts them."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        tracer, kwargs = self._tracer, kwargs or {}
+        name = function_name(func)
+        tracer.call = Call(len(tracer.calls), name, args, kwargs)
+        tracer.calls.append(name)
+        tracer.freeze_default_scale(tracer.call)
+        try:
+            return tracer.tag_sizes(name, args, func(*args, **kwargs))
+        finally:
+            tracer.call = None
+
+
+def function_name(func: Any) -> str:
+    """Return the name under which a torch function's sites are known."""
+    return str(getattr(func, "__name__", func))
+
+
+def _data_dependent(module: str) -> InputError:
+    """Name the line of the forward that turns activations into a Python value."""
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(ours):
+        frame = frame.f_back
+    file, number = frame.f_code.co_filename, frame.f_lineno
+    text = linecache.getline(file, number).strip()
+    return InputError(
+        f"the forward of '{module or 'the network'}' turns activations into a Python value:"
+        f" {Path(file).name}, line {number}: {text}",
+        remedy="Coupling can't be traced through a decision on data; take it out of forward,"
+        " or prune the part of the network before it.",
+    )
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Run in eval mode without gradients; modes, buffers and the random state come back as they were."""
+    modes = [(module, module.training) for module in net.modules()]
+    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in net.buffers()]
+    devices = sorted({p.device.index or 0 for p in net.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            net.eval()
+            yield
+            for buffer, version, copy in buffers:
+                if buffer._version != version:
+                    buffer.copy_(copy)
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _module_paths(net: nn.Module, running: list[str]) -> Iterator[None]:
+    """Keep the dotted paths of the modules that run in a list."""
+    with ExitStack() as hooks:
+        for path, module in net.named_modules():
+
+            def enter(_module: nn.Module, _args: Any, path: str = path) -> None:
+                running.append(path)
+
+            def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+                running.pop()
+
+            hooks.callback(module.register_forward_pre_hook(enter).remove)
+            hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
+        yield
+
+
+def one_image(inputs: Inputs, index: int = 0) -> tuple[Tensor, ...]:
+    """Return the forward's arguments for one image of a batch, as copies."""
+    tensors = inputs if isinstance(inputs, tuple) else (inputs,)
+    return tuple(x[index : index + 1].detach().clone() for x in tensors)
+
+
+def run_tracer(net: nn.Module, inputs: Inputs) -> Tracer:
+    """Trace one forward of one image; raises InputError where the forward fails or decides on data."""
+    arguments = one_image(inputs)
+    tracer = Tracer(net)
+    for x in arguments:
+        tracer.write(x, no_ids(x.shape))
+    with evaluating(net), _module_paths(net, tracer.modules), tagged_attributes(net):
+        try:
+            with _Calls(tracer), tracer:
+                outputs = net(*arguments)
+        except InputError:
+            raise
+        except Exception as error:
+            shapes = ", ".join(str(tuple(x.shape)) for x in arguments)
+            raise InputError(
+                f"the network's forward failed on an input of shape {shapes}: {error}",
+                remedy="Check the input size and the number of inputs that the network expects.",
+            ) from error
+    for output in tree_leaves(outputs):
+        if isinstance(output, Tensor) and output in tracer.shadows:
+            tracer.facts.freeze(distinct(tracer.ids(output)), "network output")
+    return tracer
+
+
+__all__ = [
+    "Inputs",
+    "Operation",
+    "Product",
+    "Tracer",
+    "evaluating",
+    "function_name",
+    "one_image",
+    "run_tracer",
+]
