@@ -170,7 +170,10 @@ def _load_native(
             f"{path}: the file is damaged: its content has changed since it was written",
             remedy="Copy or download it again.",
         )
-    net = build_net(header.spec, device="meta", factory=factory)
+    try:
+        net = build_net(header.spec, device="meta", factory=factory)
+    except InputError as error:
+        raise InputError(f"{path}: {error.message}", remedy=error.remedy) from error
     check_architecture(net, header, found.tensors, where=where)
     if _has_loose_tensors(net):  # values that only the constructor knows
         net = build_net(header.spec, factory=factory)

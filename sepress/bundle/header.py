@@ -67,7 +67,11 @@ def _refuse_constant(name: str) -> float:
 
 def check_spec(spec: ModelSpec, *, where: str) -> None:
     """Refuse a spec whose names or figures could not have been written by us."""
-    if parse_reference(spec.reference) != (spec.source, spec.arch):
+    try:
+        named = parse_reference(spec.reference) == (spec.source, spec.arch)
+    except InputError:
+        named = False
+    if not named:
         raise InputError(f"{where}: its header names no architecture: {spec.reference!r}")
     check_kwargs(spec.kwargs, where=f"{where}: its architecture's arguments")
     check_preprocessing(spec.preprocessing)

@@ -118,7 +118,7 @@ def _read_torch(path: Path, *, trust_pickle: bool, peek: bool) -> NativeFile | F
         raise
     except Exception as error:  # a reader of foreign bytes may raise anything
         needs_code = isinstance(error, pickle.UnpicklingError) and re.search(
-            r"GLOBAL (\S+)|global: (\S+)|class (\S+)", str(error)
+            r"GLOBAL ([\w.]+)|(?:class|function) ([\w.]+)", str(error)
         )
         if not needs_code:
             raise _damaged(path, error) from error

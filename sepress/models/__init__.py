@@ -88,6 +88,7 @@ def parse_reference(text: str) -> tuple[Source, str]:
 def factory_reference(factory: Callable[..., nn.Module]) -> str:
     """The `pkg.module:factory` by which a callable is recorded in a spec (it is never run from a file)."""
     name = getattr(factory, "__qualname__", type(factory).__qualname__)
+    name = re.sub(r"<(\w+)>", r"\1", name)  # a lambda or a local function has no name to import it by
     return f"{getattr(factory, '__module__', None) or '__main__'}:{name}"
 
 

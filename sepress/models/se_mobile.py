@@ -81,5 +81,5 @@ class SEMobile(nn.Module):
 def se_mobile(
     *, num_classes: int = 10, in_chans: int = 3, width_mult: float = 1.0, reduction: int = 4
 ) -> SEMobile:
-    """About 7 million MACs at 32 pixels; reduction 4 as in MobileNetV3."""
+    """7.7 million MACs at 32 pixels; reduction 4 as in MobileNetV3."""
     return SEMobile(num_classes=num_classes, in_chans=in_chans, width_mult=width_mult, reduction=reduction)

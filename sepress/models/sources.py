@@ -38,6 +38,8 @@ CIFAR = Preprocessing(
 DIGITS = Preprocessing(
     input_size=(1, 28, 28), mean=(0.1307,), std=(0.3081,), origin="sepress: MNIST's training images"
 )
+# Some of torchvision's constructors swallow arguments that they don't know, and build something else.
+TORCHVISION_KWARGS = {"num_classes", "width_mult", "dropout", "aux_logits"}
 
 
 # ---- looking up ---------------------------------------------------------------------------------
@@ -98,6 +100,11 @@ def _look_up_torchvision(arch: str, kwargs: Mapping[str, JSON]) -> ArchitectureF
     known = torchvision.models.list_models(module=torchvision.models)  # the classifiers of images
     if arch not in known:
         raise _unknown("torchvision", arch, known)
+    if foreign := sorted(set(kwargs) - TORCHVISION_KWARGS):
+        raise InputError(
+            f"torchvision's {arch} takes no '{foreign[0]}'",
+            remedy=f"It may take {', '.join(sorted(TORCHVISION_KWARGS))}.",
+        )
     weights = torchvision.models.get_model_weights(arch).DEFAULT
     transform = weights.transforms()
     (crop,), (resize,) = transform.crop_size, transform.resize_size
