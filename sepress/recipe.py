@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -20,6 +21,7 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    PlainValidator,
     SerializationInfo,
     ValidationError,
     field_serializer,
@@ -29,6 +31,7 @@ from pydantic import (
 
 from sepress.constraints import parse_constraint
 from sepress.errors import InputError
+from sepress.models import check_kwargs, parse_reference
 from sepress.safe_yaml import Document, Fault, KeyPath, Marks, dump_yaml, read_text, read_yaml
 from sepress.types import JSON, Policy
 
@@ -43,7 +46,8 @@ class _Settings(BaseModel):
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
-Weight = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 CriterionName = Literal["contribution", "fisher", "mean-excitation", "l2", "group-taylor", "random"]
 
 
@@ -51,19 +55,55 @@ def _read_classes(value: object) -> object:
     """A file of class names, one a line, or the names themselves."""
     if not isinstance(value, str):
         return value
-    try:
+    with _as_value_error():
         lines = read_text(Path(value)).splitlines()
-    except InputError as error:
-        raise ValueError(str(error)) from error
     return tuple(line.strip() for line in lines if line.strip())
 
 
 def _check_constraint(text: str) -> str:
-    try:
+    with _as_value_error():
         parse_constraint(text)
-    except InputError as error:
-        raise ValueError(" ".join(filter(None, (error.message, error.remedy)))) from error
     return text
+
+
+def _check_reference(text: str) -> str:
+    with _as_value_error():
+        parse_reference(text)
+    return text
+
+
+def _check_kwargs(kwargs: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    with _as_value_error():
+        return check_kwargs(kwargs, where="kwargs")
+
+
+@contextmanager
+def _as_value_error() -> Iterator[None]:
+    """Let pydantic collect what another module's check raises."""
+    try:
+        yield
+    except InputError as error:
+        raise ValueError(
+            ". ".join(part.rstrip(".") for part in (error.message, error.remedy) if part)
+        ) from error
+
+
+def _read_size(value: object) -> object:
+    """A number for a square, H W, or C H W; text as an option gives it."""
+    parts = (
+        value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    )
+    sizes = [int(part) if isinstance(part, str) and part.strip().isdecimal() else part for part in parts]
+    if not 1 <= len(sizes) <= 4 or not all(type(size) is int and size > 0 for size in sizes):
+        raise ValueError(f"expected a number for a square, H W, or C H W, not {value!r}")
+    return sizes[0] if len(sizes) == 1 else tuple(sizes)
+
+
+def _read_figures(value: object) -> object:
+    """Figures per channel, or one for all; text as an option gives it."""
+    return (
+        value.split(",") if isinstance(value, str) else [value] if isinstance(value, int | float) else value
+    )
 
 
 class DataConfig(_Settings):
@@ -76,9 +116,11 @@ class DataConfig(_Settings):
     allow_corrupt: Annotated[float, Field(ge=0, lt=1)] = (
         0.0  # of the images; one that can't be read stops a run
     )
-    augment: Literal["auto", "none", "digits", "natural"] = "auto"  # no flips for digits
+    augment: Literal["auto", "none", "digits", "natural"] = (
+        "auto"  # by what the images are: no flips for digits
+    )
     download: bool = False  # nothing is fetched unasked
-    batch_size: Count = 128  # He et al. 2016 on CIFAR-10; the training defaults below fit it
+    batch_size: Annotated[int, Field(ge=2)] = 128  # He et al. 2016 on CIFAR-10; the learning rates fit it
     workers: Annotated[int, Field(ge=0)] = 0  # small images decode faster than processes start
 
 
@@ -88,29 +130,39 @@ class ModelConfig(_Settings):
     source: Annotated[
         str, Field(min_length=1)
     ]  # a path, timm:NAME, torchvision:NAME, sepress:NAME, pkg.mod:factory
-    arch: str | None = None  # what builds a foreign state dict's net: timm:NAME, ..., pkg.module:factory
-    kwargs: dict[str, JsonValue] = Field(default_factory=dict)  # for the constructor
+    arch: Annotated[str, AfterValidator(_check_reference)] | None = None  # what builds a foreign file's net
+    kwargs: Annotated[dict[str, JsonValue], AfterValidator(_check_kwargs)] = Field(default_factory=dict)
     num_classes: Count | None = None  # inferred from the weights, or the data
-    random_weights: bool = False  # then every table says untrained
+    random_weights: bool = False  # every table then says untrained
     trust_pickle: bool = False  # a pickle runs code when it is read
-    input_size: Annotated[tuple[Count, ...], Field(min_length=2, max_length=4)] | None = None  # C H W
-    mean: Annotated[tuple[float, ...], Field(min_length=1)] | None = None
-    std: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] | None = None
-    interpolation: Literal["nearest", "bilinear", "bicubic"] | None = None
+    input_size: Annotated[int | tuple[int, ...], PlainValidator(_read_size)] | None = None
+    mean: Annotated[tuple[float, ...], BeforeValidator(_read_figures)] | None = None
+    std: Annotated[tuple[Positive, ...], BeforeValidator(_read_figures)] | None = None
+    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None = None
 
 
 class _Training(_Settings):
+    """`TrainConfig`'s fields and defaults, whose reasons stand there (a test holds them equal)."""
+
     epochs: Count
-    lr: Annotated[float, Field(gt=0)]  # at the peak, for data.batch_size
-    optimizer: Literal["sgd", "adamw"] = "sgd"  # SGD generalises best on small convolutional nets
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: Weight = 5e-4
-    warmup_epochs: Weight = 1.0  # Goyal et al. 2017; then a cosine to zero
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    ema_decay: Share | None = None  # off: short trainings end before the average catches up
-    clip_norm: Annotated[float, Field(gt=0)] | None = 5.0  # stops a rare spike, not the training
-    amp: Literal["auto", "off"] = "auto"  # where the device is faster with it
-    channels_last: bool = True
+    lr: Positive  # at the peak, for data.batch_size
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    momentum: Share = 0.9
+    weight_decay: NotNegative = 5e-4
+    warmup_epochs: NotNegative = 0.5
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    ema_decay: Share | None = 0.999
+    clip_norm: Positive | None = 5.0
+    amp: Literal["auto", "off"] = "auto"
+    channels_last: Literal["auto", "off"] = "auto"
+
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> Self:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs ({self.warmup_epochs:g}) must be fewer than epochs ({self.epochs})"
+            )
+        return self
 
 
 class TrainStage(_Training):
@@ -118,17 +170,17 @@ class TrainStage(_Training):
 
     kind: Literal["train"] = "train"
     epochs: Count = 30
-    lr: Annotated[float, Field(gt=0)] = 0.1
+    lr: Positive = 0.1
 
 
 class FinetuneStage(_Training):
     """Train the newest model on, taught by the base model."""
 
     kind: Literal["finetune"] = "finetune"
-    epochs: Count = 3
-    lr: Annotated[float, Field(gt=0)] = 0.02  # weights are near a solution: a fraction of training's
-    distill_weight: Annotated[float, Field(ge=0, le=1)] = 0.5  # of the loss; +0.2 to 0.6 points
-    temperature: Annotated[float, Field(gt=0)] = 4.0  # Hinton et al. 2015
+    epochs: Count = 3  # most of what pruning lost is back after these
+    lr: Positive = 0.02  # the weights are near a solution: a fraction of training's
+    distill_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
+    temperature: Positive = 2.0
 
 
 class RankStage(_Settings):
@@ -279,23 +331,29 @@ def recipe_digest(recipe: Recipe) -> str:
 
 
 # ---- values -> Recipe ---------------------------------------------------------------------------
-def build_recipe(values: Mapping[str, JSON], marks: Marks, faults: Sequence[Fault] = ()) -> Recipe:
+def build_recipe(
+    values: Mapping[str, JSON], marks: Marks, *, faults: Sequence[Fault] = (), remedy: str = HELP
+) -> Recipe:
     """Validate plain values; InputError lists every fault, each with where it was written and its key."""
     found = list(faults)
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        found += [Fault(_mark(e["loc"], marks), e["loc"], _explain(e)) for e in error.errors()]
+        found += [_fault(e, marks) for e in error.errors()]
     if not found:
         return recipe
     lines = [str(fault) for fault in found]
     summary = lines if len(lines) == 1 else [f"{len(lines)} errors:", *lines]
-    raise InputError("\n  ".join(summary), remedy=HELP)
+    raise InputError("\n  ".join(summary), remedy=remedy)
 
 
-def _mark(path: KeyPath, marks: Marks) -> str | None:
-    """Where a key, or else the nearest part that holds it, was written."""
-    return next((marks[path[:n]] for n in range(len(path), -1, -1) if path[:n] in marks), None)
+def _fault(error: Mapping[str, Any], marks: Marks) -> Fault:
+    """Where the key, or else the nearest part that holds it, was written, and what is wrong with it."""
+    path: KeyPath = error["loc"]
+    nearest = next((path[:n] for n in range(len(path), -1, -1) if path[:n] in marks), None)
+    mark = None if nearest is None else marks[nearest]
+    named = nearest == path and mark is not None and mark.startswith("-")  # an option says which key
+    return Fault(mark, () if named else path, _explain(error))
 
 
 def _explain(error: Mapping[str, Any]) -> str:
@@ -307,7 +365,12 @@ def _explain(error: Mapping[str, Any]) -> str:
         return "this key is required"
     if kind == "value_error":
         return str(error["ctx"]["error"])
-    message = error["msg"].replace("Input should", "should").replace("valid number", "number")
+    message = (
+        error["msg"]
+        .partition(", unable to")[0]
+        .replace("Input should", "should")
+        .replace("valid number", "number")
+    )
     return message if isinstance(given, Mapping | list | tuple) else f"{message}, not {given!r}"
 
 
@@ -325,22 +388,36 @@ def _near(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {' or '.join(repr(n) for n in near)}?)" if near else ""
 
 
-def check_files(recipe: Recipe) -> None:
-    """Raise InputError for every file and folder that the recipe names and that is not there."""
-    data = recipe.data.path if recipe.data else "digits"
-    plans = [stage.plan for stage in recipe.stages if isinstance(stage, PruneStage) and stage.plan]
-    missing = [f"the plan {plan} does not exist" for plan in plans if not Path(plan).is_file()]
-    if data != "digits" and not data.startswith("torchvision:") and not Path(data).is_dir():
-        missing.append(f"the image folder {data} does not exist")
-    source = recipe.model.source
-    if ":" not in source and not Path(source).is_file():
-        missing.append(f"the model file {source} does not exist")
-    if missing:
-        raise InputError(
-            "; ".join(missing),
-            remedy="Paths are relative to the current folder. A model is also named timm:NAME or "
-            "torchvision:NAME, data 'digits' or torchvision:NAME.",
-        )
+def check_inputs(recipe: Recipe) -> None:
+    """Raise InputError where a file or folder that the recipe names is missing, or its images are not named.
+
+    To be called before anything is loaded or fetched.
+    """
+    data, source = recipe.data, recipe.model.source
+    is_file = Path(source).is_file()
+    if not is_file and (":" not in source or "/" in source or Path(source).suffix):
+        near = ", ".join(f"{registry}:{source}" for registry in ("timm", "torchvision"))
+        hint = f"A name is written {near}." if source.isidentifier() else _RELATIVE
+        raise InputError(f"there is no model file {source}", remedy=hint)
+    if not is_file:
+        parse_reference(source)
+        if data is None:
+            raise InputError(
+                f"there are no images: {source} is a name, and only a model file can know its data",
+                remedy="Pass --data (data.path in a recipe): a folder of images, digits or torchvision:NAME.",
+            )
+    if data and data.path.startswith("torchvision:"):
+        from sepress.data import DataSpec
+
+        DataSpec(path=data.path)  # knows the names
+    elif data and data.path != "digits" and not Path(data.path).is_dir():
+        raise InputError(f"there is no image folder {data.path}", remedy=_RELATIVE)
+    for stage in recipe.stages:
+        if isinstance(stage, PruneStage) and stage.plan and not Path(stage.plan).is_file():
+            raise InputError(f"there is no plan {stage.plan}", remedy=_RELATIVE)
+
+
+_RELATIVE = "Paths are relative to the current folder."
 
 
 # ---- files -> values ----------------------------------------------------------------------------
@@ -352,7 +429,7 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     values, marks, faults = _load(find_recipe(str(name)), ())
     for text in overrides:
         _override(values, marks, text)
-    return build_recipe(values, marks, faults)
+    return build_recipe(values, marks, faults=faults)
 
 
 def find_recipe(name: str) -> Path:

@@ -24,17 +24,14 @@ Marks = Mapping[KeyPath, str]  # where a value was written: 'FILE:LINE', or the 
 
 
 class Fault(NamedTuple):
-    """One thing wrong, where it was written, and its key."""
+    """One thing wrong, where it was written, and its key (empty where the mark says it)."""
 
     mark: str | None
     path: KeyPath
     message: str
 
     def __str__(self) -> str:
-        key = ".".join(map(str, self.path))
-        if self.mark and self.mark.startswith("-"):  # an option names its key itself
-            return f"{self.mark}: {self.message}"
-        return ": ".join(part for part in (self.mark, key, self.message) if part)
+        return ": ".join(part for part in (self.mark, ".".join(map(str, self.path)), self.message) if part)
 
 
 class Document(NamedTuple):
