@@ -41,7 +41,7 @@ class BaselineScores:
 
 def group_l2(net: nn.Module, group: CouplingGroup) -> BaselineScores:
     """The group's magnitude by torch-pruning: squared weights, mean over the layers (p = 2)."""
-    return _judge(net, group, tp.importance.GroupMagnitudeImportance(p=2))
+    return _judge(net, group, tp.importance.GroupMagnitudeImportance(p=2, normalizer=None))
 
 
 def group_taylor(net: nn.Module, group: CouplingGroup, *, gradients: Mapping[str, Tensor]) -> BaselineScores:
@@ -50,7 +50,7 @@ def group_taylor(net: nn.Module, group: CouplingGroup, *, gradients: Mapping[str
     `gradients` are dL/dw by state-dict name (ExcitationStats.gradients); a parameter without one counts as 0.
     """
     with _lent_gradients(net, group, gradients):
-        return _judge(net, group, tp.importance.GroupTaylorImportance())
+        return _judge(net, group, tp.importance.GroupTaylorImportance(normalizer=None))
 
 
 def torch_pruning_groups(net: nn.Module, inputs: Any) -> list[frozenset[Slot]]:
@@ -169,8 +169,7 @@ def _judge(
     if result is None:
         return BaselineScores(None, left_out)
     scores = result[: group.units].double().cpu().numpy()
-    mean = scores.mean()
-    # torch-pruning divides by the mean over its root's channels; that is not the units' where one is several.
+    mean = scores.mean()  # torch-pruning would divide by 0, and by slots where a unit is several
     return BaselineScores(scores / mean if mean > 0 else scores, left_out)
 
 

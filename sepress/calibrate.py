@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +18,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sepress import console
+from sepress.coupling import Coupling
 from sepress.errors import InputError
-from sepress.gates import Taps, mean_per_channel, require_images, spread
+from sepress.gates import Taps, mean_per_channel, rows_per_image, spread
 from sepress.types import Gate, Reader
-
-if TYPE_CHECKING:
-    from sepress.coupling import Coupling
 
 EVIDENCE = ("excitation", "contribution", "fisher", "taylor")
 NEEDS_LABELS = frozenset({"fisher", "taylor"})
@@ -265,10 +263,11 @@ class _Collector:
             on_gate=self._on_gate if "excitation" in self._evidence else None,
             on_read=self._on_read if reads else None,
         )
-        with taps, torch.set_grad_enabled(labelled):
-            output = net(*inputs) if isinstance(inputs, tuple) else net(inputs)
-        if labelled:
-            self._backward(output, targets, weights)
+        with torch.set_grad_enabled(labelled):
+            with taps:
+                output = net(*inputs) if isinstance(inputs, tuple) else net(inputs)
+            if labelled:
+                self._backward(output, targets, weights)
         self._probe = None
         self._flush()
         return self._images
@@ -295,8 +294,8 @@ class _Collector:
             self._pending.append((f"reader/{key}/energy", norm / count**0.5))
         if self._probe is None:
             return None
-        require_images(x, axis, self._images)
-        return x * spread(self._probe[:, self._column(reader)].to(x.dtype), x, axis)
+        factor = self._probe[:, self._column(reader)].to(x.dtype)  # (N, P)
+        return x * spread(factor.repeat_interleave(rows_per_image(x, axis, self._images), 0), x, axis)
 
     def _column(self, reader: Reader) -> Tensor:
         """The probe's column for each position that the reader reads, (P,)."""

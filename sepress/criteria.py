@@ -9,18 +9,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor, nn
 
 from sepress import baselines
 from sepress.calibrate import ExcitationStats, judged_positions, reader_key
+from sepress.coupling import Coupling
 from sepress.errors import InputError
 from sepress.types import CouplingGroup, Gate, Ranking, Reader
-
-if TYPE_CHECKING:
-    from sepress.coupling import Coupling
 
 DEFAULT_CRITERION = "contribution"  # needs no labels, judges every group by one definition
 UNTRAINED_WIDTH = 0.05  # gates whose means all lie this close to 0.5 have hardly learned anything

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from sepress.coupling import Coupling
+from sepress.coupling.trace import function_name
 from sepress.errors import InputError, SepressError
 from sepress.types import CallSite, Gate, Reader, Removed
-
-if TYPE_CHECKING:
-    from sepress.coupling import Coupling
 
 OnGate = Callable[[Gate, Tensor], "Tensor | None"]
 OnRead = Callable[[Reader, Tensor], "Tensor | None"]
@@ -51,13 +51,14 @@ class Taps(TorchFunctionMode):
         self._calls = coupling.calls
         self._index = _IDLE
         self._handlers: dict[int, list[tuple[CallSite, _Handler]]] = {}
-        for place, callback in (
-            *((gate, on_gate) for gate in coupling.gates),
-            *((reader, on_read) for reader in coupling.readers),
-        ):
-            if callback is not None:
-                handlers = self._handlers.setdefault(place.site.index, [])
-                handlers.append((place.site, _bind(callback, place)))
+        if on_gate is not None:
+            for gate in coupling.gates:
+                self._handlers.setdefault(gate.site.index, []).append((gate.site, partial(on_gate, gate)))
+        if on_read is not None:
+            for reader in coupling.readers:
+                self._handlers.setdefault(reader.site.index, []).append(
+                    (reader.site, partial(on_read, reader))
+                )
 
     def __enter__(self) -> Taps:
         # Ours is the first hook: the calls of a user's own hooks were counted when the net was traced.
@@ -142,11 +143,6 @@ def masking(net: nn.Module, coupling: Coupling, removed: Removed) -> Iterator[No
         yield
 
 
-def function_name(func: Callable[..., Any]) -> str:
-    """The name by which a call site knows a torch function."""
-    return getattr(func, "__name__", "") or str(func)
-
-
 def spread(values: Tensor, like: Tensor, axis: int) -> Tensor:
     """View (C,) or (N, C) values so that they multiply `like`, whose channels lie on `axis`."""
     shape = [1] * like.dim()
@@ -157,22 +153,24 @@ def spread(values: Tensor, like: Tensor, axis: int) -> Tensor:
 
 
 def mean_per_channel(x: Tensor, axis: int, images: int) -> Tensor:
-    """Average over all but image and channel axis: (N, ...) -> (N, C). InputError as in `require_images`."""
-    require_images(x, axis, images)
-    return x.movedim(axis, 1).flatten(2).mean(2) if x.dim() > 2 else x
+    """Average over all but image and channel axis: (N, ...) -> (N, C). InputError as in `rows_per_image`."""
+    rows = rows_per_image(x, axis, images)
+    x = x.movedim(axis, 1)
+    return x.reshape(images, rows, x.shape[1], -1).mean((1, 3))
 
 
-def require_images(x: Tensor, axis: int, images: int) -> None:
-    """Raise InputError unless the first axis of `x` holds the images, one by one."""
-    if axis == 0 or x.shape[0] != images:
+def rows_per_image(x: Tensor, axis: int, images: int) -> int:
+    """How many rows of the first axis belong to each image, one by one (windows and patches fold into it).
+
+    Raises InputError where the first axis can't be images.
+    """
+    rows, rest = divmod(x.shape[0], images)
+    if axis == 0 or rest:
         raise InputError(
             f"a tensor {tuple(x.shape)}, channels on axis {axis}, does not keep {images} images apart",
             remedy="Use a criterion without figures per image: contribution, l2.",
         )
-
-
-def _bind(callback: Callable[[Any, Tensor], Tensor | None], place: Gate | Reader) -> _Handler:
-    return lambda operand: callback(place, operand)
+    return rows
 
 
 def _other_path(what: str) -> SepressError:

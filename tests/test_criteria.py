@@ -66,6 +66,8 @@ def net() -> Net:
         torch.manual_seed(0)
         net = Net().eval()
         for block in (net.block1, net.block2):
+            nn.init.normal_(block.se.squeeze.weight, std=3)
+            nn.init.constant_(block.se.squeeze.bias, 1)
             nn.init.normal_(block.se.expand.weight)
             nn.init.normal_(block.se.expand.bias)
         return net

@@ -160,4 +160,11 @@ def test_values_spread_along_the_channel_axis() -> None:
 
 def test_a_tensor_that_mixes_images_is_refused() -> None:
     with pytest.raises(InputError, match="does not keep 4 images apart"):
-        mean_per_channel(torch.ones(8, 3, 1, 1), 1, 4)
+        mean_per_channel(torch.ones(6, 3, 1, 1), 1, 4)
+    with pytest.raises(InputError, match="does not keep 4 images apart"):
+        mean_per_channel(torch.ones(4, 3), 0, 4)
+
+
+def test_windows_folded_into_the_first_axis_belong_to_their_image() -> None:
+    windows = torch.arange(12.0).view(6, 1, 2)  # 2 images of 3 windows, 2 channels on the last axis
+    assert mean_per_channel(windows, 2, 2).tolist() == [[2, 3], [8, 9]]
