@@ -1,0 +1,182 @@
+"""Report -> report.md: what a reader needs to trust the figures (Blalock et al. 2020, sec. 4)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from sepress.report import words
+from sepress.report.as_json import relative_path
+from sepress.types import GroupRow, Measurement, Report
+
+COLUMNS = (
+    words.TOP1,
+    words.TOP5,
+    words.LOSS,
+    words.MACS,
+    words.FLOPS,
+    words.PARAMS,
+    words.BYTES,
+    words.LATENCY,
+)
+WORST_CLASSES = 5
+CHANNELS_A_LINE = 10
+
+
+def report_to_markdown(report: Report) -> str:
+    """Return the whole report as Markdown; paths are relative to the folder that the report lies in."""
+    sections = [
+        f"# {_escape(report.name)}\n\n{_escape(words.summary(report))}",
+        _results(report),
+        _checks(report),
+        _constraints(report),
+        _groups(report),
+        _excitations(report.groups),
+        _classes(report),
+        _method(report),
+        _files(report),
+        _environment(report),
+        _recipe(report),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _results(report: Report) -> str:
+    base = words.base_of(report)
+    header = ["", *(column.title for column in COLUMNS)]
+    untrained = "" if report.trained else " (untrained)"
+    rows = [[f"**{_escape(row.label)}**{untrained}", *_figures(row, base)] for row in report.measurements]
+    if not rows:
+        return ""
+    text = "## Result\n\n" + _table(header, rows, numbers=len(COLUMNS))
+    note = (
+        "Top-1 and top-5 change in points, the others as a ratio to the base. MACs are those of one image "
+        "in convolutions and matrix products; FLOPs are 2 x MACs; ONNX is the file's size."
+    )
+    return "\n\n".join([text, note, *_bullets(words.missing(report, COLUMNS))])
+
+
+def _figures(row: Measurement, base: Measurement | None) -> list[str]:
+    cells = []
+    for column in COLUMNS:
+        value, compared = words.cell(column, row, base)
+        cells.append(f"{value} ({compared})" if compared else value)
+    return cells
+
+
+def _checks(report: Report) -> str:
+    rows = [[_escape(text) for text in words.check_words(*item)] for item in report.checks.items()]
+    return "## Checks\n\n" + _table(["Check", "Verdict", "Details"], rows) if rows else ""
+
+
+def _constraints(report: Report) -> str:
+    rows = []
+    for constraint in report.constraints:
+        text, verdict, figures = words.constraint_words(constraint)
+        rows.append([f"`{text}`", verdict, _escape(figures)])
+    return "## Constraints\n\n" + _table(["Constraint", "Verdict", "Measured"], rows) if rows else ""
+
+
+def _groups(report: Report) -> str:
+    if not report.groups:
+        return ""
+    rows = []
+    for row in report.groups:
+        kept = words.percent(row.width_after / row.width_before, 0) if row.width_before else words.NOTHING
+        excitation = words.NOTHING if row.mean_excitation is None else f"{row.mean_excitation:.3f}"
+        judged = row.evidence
+        if row.frozen_because and row.frozen_because not in judged:
+            judged = f"{judged}; frozen: {row.frozen_because}"
+        widths = [str(row.width_before), str(row.width_after), kept, excitation]
+        rows.append([f"`{row.name}`", row.role.replace("_", "-"), _escape(judged), *widths])
+    header = ["Group", "Role", "Judged by", "Width", "After", "Kept", "Mean excitation"]
+    text = "## Channels\n\nChannels that can only go together form a group, named after its first layer."
+    if report.criterion:
+        text += f" Criterion: {_escape(report.criterion)}."
+    return f"{text}\n\n{_table(header, rows, numbers=4)}"
+
+
+def _excitations(groups: Sequence[GroupRow]) -> str:
+    """List the mean excitation of each channel of the gated groups, folded."""
+    parts = []
+    for row in groups:
+        if not row.excitation:
+            continue
+        lines = []
+        for start in range(0, len(row.excitation), CHANNELS_A_LINE):
+            values = row.excitation[start : start + CHANNELS_A_LINE]
+            lines.append(f"{start:>5}  " + " ".join(f"{value:.3f}" for value in values))
+        parts.append(f"`{row.name}`\n\n```text\n" + "\n".join(lines) + "\n```")
+    if not parts:
+        return ""
+    title = "Mean excitation of each channel over the calibration images, before pruning"
+    return f"<details><summary>{title}</summary>\n\n" + "\n\n".join(parts) + "\n\n</details>"
+
+
+def _classes(report: Report) -> str:
+    changes = words.class_changes(report)
+    if not changes:
+        return ""
+    rows = [
+        [_escape(name), words.percent(before), words.percent(after), words.points(after - before)]
+        for name, before, after in changes[:WORST_CLASSES]
+    ]
+    final = report.measurements[-1].label
+    text = f"## Classes\n\nTop-1 by class, the largest losses of {len(changes)} classes first."
+    return f"{text}\n\n" + _table(["Class", words.BASE, final, "Points"], rows, numbers=3)
+
+
+def _method(report: Report) -> str:
+    lines = [
+        *words.selection_words(report),
+        *words.latency_conditions(report),
+        *words.latency_spreads(report),
+        *report.notes,
+    ]
+    return "\n\n".join(["## How it was measured", *_bullets(lines)])
+
+
+def _files(report: Report) -> str:
+    place = report.artifacts.get("report")
+    folder = Path(place).parent if place else None
+    rows = [
+        [role, f"`{relative_path(path, folder) if folder else path}`"]
+        for role, path in report.artifacts.items()
+        if path is not None
+    ]
+    return "## Files\n\n" + _table(["What", "Where"], rows) if rows else ""
+
+
+def _environment(report: Report) -> str:
+    rows = [
+        [_escape(key), _escape(str(value))] for key, value in report.environment.items() if value is not None
+    ]
+    return "## Environment\n\n" + _table(["What", "Value"], rows) if rows else ""
+
+
+def _recipe(report: Report) -> str:
+    if not report.recipe:
+        return ""
+    text = json.dumps(report.recipe, indent=1, ensure_ascii=False)
+    return f"<details><summary>Recipe</summary>\n\n```json\n{text}\n```\n\n</details>"
+
+
+# ---- Markdown -------------------------------------------------------------------------------------
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: int = 0) -> str:
+    """Return a table whose last `numbers` columns are right-aligned."""
+    rule = ["---"] * (len(header) - numbers) + ["--:"] * numbers
+    lines = [header, rule, *([cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _bullets(lines: Iterable[str]) -> list[str]:
+    text = "\n".join(f"- {_escape(line)}" for line in lines)
+    return [text] if text else []
+
+
+def _escape(text: str) -> str:
+    """Keep names and messages from being read as HTML, emphasis or a new paragraph."""
+    for old, new in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("*", "\\*"), ("`", "\\`"), ("\n", " ")):
+        text = text.replace(old, new)
+    return text
