@@ -84,7 +84,7 @@ def _read(root: Path, name: str, mode: Mode) -> Image.Image:
 
 def _find_splits(root: Path) -> dict[str, str]:
     """Our split -> the folder's name, where the folder has a train folder or split folders alone."""
-    folders = [entry.name for entry in _entries(root) if entry.is_dir()]
+    folders = [entry.name for entry in _entries(root) if _is_folder(entry)]
     known = {name: _SPLITS[name.casefold()] for name in folders if name.casefold() in _SPLITS}
     if "train" not in known.values() and len(known) < len(folders):
         return {}
@@ -97,49 +97,46 @@ def _find_splits(root: Path) -> dict[str, str]:
 
 def _scan(root: Path, folder: str) -> _Found:
     """Collect images: first-level folders are classes, whatever lies below belongs to its class."""
-    found = _Found()
-    base = root / folder
-    prefix = f"{folder}/" if folder else ""
-    loose = _Found()
-    classes = []
+    base, prefix = root / folder, f"{folder}/" if folder else ""
+    inside, loose = _Found(), _Found()
     for entry in _entries(base):
-        if not entry.is_dir():
-            _add(loose, entry, prefix + entry.name, None)
+        path = prefix + entry.name
+        if not _is_folder(entry):
+            _add(loose, entry, path, None)
             continue
-        classes.append(entry.name)
-        before = len(found.paths)
-        _walk(found, entry, prefix + entry.name, entry.name, seen=set())
-        if len(found.paths) == before:
-            raise InputError(
-                f"class folder '{prefix}{entry.name}' holds no image", remedy="Fill it or remove it."
-            )
-    found.others += loose.others
-    if classes:
-        found.loose = len(loose.paths)
-        return found
-    loose.others = found.others
-    return loose
+        before = len(inside.paths)
+        _walk(inside, entry, path, entry.name, seen={os.path.realpath(root), os.path.realpath(base)})
+        if len(inside.paths) == before:
+            raise InputError(f"class folder '{path}' holds no image", remedy="Fill it or remove it.")
+    if not inside.paths:
+        return loose
+    inside.others += loose.others
+    inside.loose = len(loose.paths)
+    return inside
 
 
-def _walk(found: _Found, folder: os.DirEntry[str], path: str, label: str, seen: set[tuple[int, int]]) -> None:
-    identity = (
-        (folder.stat().st_dev, folder.stat().st_ino)
-        if os.name != "nt"
-        else (0, hash(os.path.realpath(folder)))
-    )
-    if identity in seen:  # a link back to a folder that was walked already
+def _walk(found: _Found, folder: os.DirEntry[str], path: str, label: str, seen: set[str]) -> None:
+    real = os.path.realpath(folder)
+    if real in seen:  # a link back to a folder that is walked already
         return
-    seen.add(identity)
+    seen.add(real)
     for entry in _entries(folder):
-        if entry.is_dir():
+        if _is_folder(entry):
             _walk(found, entry, f"{path}/{entry.name}", label, seen)
         else:
             _add(found, entry, f"{path}/{entry.name}", label)
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
 def _add(found: _Found, entry: os.DirEntry[str], path: str, label: str | None) -> None:
     suffix = Path(entry.name).suffix.lower()
-    if suffix not in SUFFIXES or not entry.is_file():
+    if suffix not in SUFFIXES or not Path(entry).is_file():
         found.others[suffix or "no suffix"] += 1
         return
     found.paths.append(path)

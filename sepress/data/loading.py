@@ -6,6 +6,7 @@ epoch, rank, number of the batch), so that no number of workers changes what a n
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -58,10 +59,10 @@ class Ledger:
         if not self.found or len(self.found) <= self.allowed * self.total:
             return
         named = [f"{_printable(name)} ({why})" for name, why in list(self.found.items())[:5]]
-        least = len(self.found) / self.total
+        least = math.ceil(1000 * len(self.found) / self.total) / 1000
         raise InputError(
             f"{len(self.found)} of {self.total} {self.split} images can't be read: {'; '.join(named)}",
-            remedy=f"Repair or remove them, or allow a fraction of at least {least:.3g} (allow_corrupt).",
+            remedy=f"Repair or remove them, or allow a fraction of at least {least:g} (allow_corrupt).",
         )
 
 
@@ -120,9 +121,9 @@ class ImageStore:
             images = [self._decode(position, view) for position in positions]
         return self._stack(images, positions)
 
-    def why(self, position: int) -> str | None:
-        """Why the image at this position can't be read; None where it could, or wasn't tried."""
-        return self._unreadable.get(position)
+    def why(self, position: int) -> str:
+        """Why the image at this position could not be read."""
+        return self._unreadable[position]
 
     def _decode_all(self, positions: list[int], threads: int) -> tuple[Tensor, list[int]]:
         with decoding():
@@ -202,12 +203,10 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         unreadable = {}
         targets = self.targets[torch.tensor(order.positions, dtype=torch.int64)]
         if len(read) < len(asked):
-            why = [self._store.why(position) for position in asked]
-            targets = targets[torch.tensor([reason is None for reason in why])]
+            kept = set(read)
+            targets = targets[torch.tensor([position in kept for position in asked])]
             names = self._store.samples.names
-            unreadable = {
-                names[at]: reason for at, reason in zip(asked, why, strict=True) if reason is not None
-            }
+            unreadable = {names[at]: self._store.why(at) for at in asked if at not in kept}
         mean, std = self.preprocessing.mean, self.preprocessing.std
         return Batch(normalise(images, mean=mean, std=std), targets, unreadable)
 

@@ -67,7 +67,9 @@ class DataSource:
         self.num_classes = labels.num_classes
         self.labels_reason = labels.reason
         self.fingerprint = catalog.fingerprint
-        self.splits: Mapping[str, int] = {split: len(part) for split, part in catalog.splits.items()}
+        self.splits: Mapping[str, int] = {
+            split: len(catalog.splits[split]) for split in ("train", "val", "test") if split in catalog.splits
+        }
         self._catalog = catalog
         self._outputs = labels.outputs
         self._prepare = prepare

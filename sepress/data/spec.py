@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -38,8 +37,8 @@ class DataSpec:
         if self.root is not None and (not isinstance(self.root, str) or not self.root or "\0" in self.root):
             raise InputError(f"data root: a folder was expected, not {self.root!r}")
         self._check_classes()
-        _check_fraction("val_fraction", self.val_fraction, above=0.0, below=0.9)
-        _check_fraction("allow_corrupt", self.allow_corrupt, above=-math.inf, below=1.0)
+        _check_fraction("val_fraction", self.val_fraction, least=0.001, below=0.9)
+        _check_fraction("allow_corrupt", self.allow_corrupt, least=0.0, below=1.0)
         if self.augment not in AUGMENTATIONS:
             raise InputError(
                 f"augment: unknown value {self.augment!r}",
@@ -94,9 +93,7 @@ class DataSpec:
 _NAMES = "Pass 'digits', 'torchvision:NAME' or a folder of images."
 
 
-def _check_fraction(key: str, value: object, *, above: float, below: float) -> None:
-    fine = isinstance(value, int | float) and not isinstance(value, bool) and above < value < below
-    if not fine or float(value) < 0:  # type: ignore[arg-type]
-        raise InputError(
-            f"{key}: a fraction from {max(above, 0):g} to under {below:g} was expected, not {value!r}"
-        )
+def _check_fraction(key: str, value: object, *, least: float, below: float) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and least <= value < below):  # type: ignore[operator]
+        raise InputError(f"{key}: a fraction from {least:g} to under {below:g} was expected, not {value!r}")
