@@ -306,6 +306,8 @@ def fused_attention(t: Tracer, op: Op) -> None:
     """softmax(q k^T) v: the widths of q and k meet, v's width passes on."""
     query, key, value = (t.ids(x) for x in op.args[:3])
     output = op.outputs[0]
+    if op.kwargs.get("scale") is None:
+        t.freeze(distinct(query, key), "attention scaled by its head width")
     scores = (*op.args[0].shape[:3], op.args[1].shape[2])
     t.count_macs(int(np.prod(scores)), t.axis_ids(op.args[0], 3))
     t.count_macs(int(np.prod(scores)), t.axis_ids(op.args[2], 3))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sepress.coupling import rules
@@ -173,7 +173,9 @@ class Tracer(TorchDispatchMode):
                 self.module,
                 tuple((position, ids.copy()) for position, ids in reads if ids.any()),
                 tuple(self._layers_of_ids(x) for x in op.inputs) if statistics else (),
-                tuple(self._layers_of_ids(x) for x in op.outputs),
+                tuple(
+                    self._layers_of_ids(x) if statistics or x in self.shadows else None for x in op.outputs
+                ),
                 statistics,
             )
         )
@@ -413,11 +415,12 @@ class Tracer(TorchDispatchMode):
             return size
         if not isinstance(size, int | torch.Size) or args[0] not in self.shadows:
             return size
-        ids = self.ids(args[0])
-        axes = varying_axes(ids)
-        if len(axes) != 1:
-            return size
-        source = SizeSource(line(ids, axes[0]))
+        with _disable_current_modes():  # reading ids must not be traced itself
+            ids = self.ids(args[0])
+            axes = varying_axes(ids)
+            if len(axes) != 1:
+                return size
+            source = SizeSource(line(ids, axes[0]))
         if isinstance(size, torch.Size):
             return torch.Size([TaggedInt(n, source) if axis in axes else n for axis, n in enumerate(size)])
         return TaggedInt(size, source) if len(args) > 1 and args[1] % ids.dim() == axes[0] else size
@@ -425,8 +428,9 @@ class Tracer(TorchDispatchMode):
     def freeze_default_scale(self, call: Call) -> None:
         """Fused attention scales by the head width unless told otherwise, so that width must stay."""
         if call.name == "scaled_dot_product_attention" and call.kwargs.get("scale") is None:
-            for x in call.args[:2]:
-                self.freeze(distinct(self.ids(x)), "attention scaled by its head width")
+            with _disable_current_modes():
+                for x in call.args[:2]:
+                    self.freeze(distinct(self.ids(x)), "attention scaled by its head width")
 
 
 def _data_of(op: Op) -> Tensor:
