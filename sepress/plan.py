@@ -10,9 +10,10 @@ prefix of it, so that a larger ratio removes whatever a smaller one does:
   score of their group (scores of different layers are not comparable raw).
 
 A ratio takes the prefix that rounds every group to its nearest width, moved along the schedule
-until the total is within one step of the largest group. A target in MACs or parameters takes the first
-prefix at or below it, then gives back single steps while the target holds: at or below, as near as
-the steps allow. Equal scores are kept in index order: of two, the lower index goes first.
+until the total is within one step of the largest group; where a step of wide units jumps over that, smaller
+steps are given back. A target in MACs or parameters takes the first prefix at or below it, then gives
+back what fits, at most one step a group: at or below the target, as near as the steps allow. Of two
+units with equal scores the lower index goes first.
 """
 
 from __future__ import annotations
@@ -130,6 +131,8 @@ def check_policy(policy: Policy) -> None:
         value = getattr(policy, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise InputError(f"{name} is {value!r}; expected a whole number of channels, at least 1.")
+    if isinstance(policy.frozen, str):  # a tuple of its letters otherwise
+        raise InputError(f"frozen is the text {policy.frozen!r}; expected a tuple of patterns.")
     for pattern in (*policy.frozen, *policy.overrides):
         if not isinstance(pattern, str) or not pattern:
             raise InputError(f"{pattern!r} is no pattern of group names; expected text such as 'layer4.*'.")
@@ -429,7 +432,8 @@ def _cut_to_ratio(
     target = ratio * total
     sizes = [iter(ladder.sizes()) for ladder in ladders]
     gone = list(accumulate((next(sizes[position]) for position in schedule), initial=0))
-    tolerance = max(ladders, key=lambda ladder: ladder.group.width).step_width
+    widest = max(ladder.group.width for ladder in ladders)
+    tolerance = min(ladder.step_width for ladder in ladders if ladder.group.width == widest)
     if gone[-1] < target - tolerance:
         most = math.floor(1000 * gone[-1] / total) / 1000
         guard = (
@@ -657,7 +661,7 @@ def _ladder_notes(ladders: Sequence[_Ladder], removed: Removed, policy: Policy) 
         groups = [ladder.group for ladder in stuck]
         notes.append(f"Too narrow to lose a step above min_width {policy.min_width}: {_names(groups)}.")
     if clamped:
-        notes.append(f"At the smallest width that min_width {policy.min_width} allows: {_names(clamped)}.")
+        notes.append(f"At their smallest width (min_width {policy.min_width}): {_names(clamped)}.")
     if guarded:
         notes.append(
             f"Held back, as the global scope removes at most {_LIMIT_TEXT} of a group: {_names(guarded)}."

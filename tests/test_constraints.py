@@ -192,6 +192,13 @@ def test_operators_hold_exactly_at_the_limit(text: str, passed: bool) -> None:
     assert evaluate(parse_constraint(text), RUN).passed is passed
 
 
+def test_a_ratio_timed_beside_the_base_counts_before_one_of_medians() -> None:
+    timed = replace(TUNED, latency={"ratio": 0.8, "ratio_to": "base"})
+    other = replace(TUNED, latency={"ratio": 0.8, "ratio_to": "folded"})
+    limit = parse_constraint("latency_ratio<=0.76")
+    assert [evaluate(limit, (BASE, last)).actual for last in (timed, other)] == [0.8, 0.75]
+
+
 def test_a_gain_is_a_negative_drop() -> None:
     better = replace(TUNED, top1=0.985)
     assert evaluate(parse_constraint("top1_drop<=0"), (BASE, better)).actual == -0.005

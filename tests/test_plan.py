@@ -11,7 +11,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+from sepress.coupling import apply_removal, trace
 from sepress.errors import InputError
 from sepress.plan import check_plan, check_policy, format_plan, plan_from_json, plan_pruning, plan_to_json
 from sepress.types import CouplingGroup, Member, Policy, PruningPlan, Ranking
@@ -246,6 +249,14 @@ def test_small_steps_make_up_for_groups_of_wide_units(ratio: float, scope: str) 
     assert abs(share_removed(result, net) * 832 - ratio * 832) <= 8
 
 
+def test_of_the_widest_groups_the_finest_step_bounds_the_error() -> None:
+    # Units of 37 channels: eight make a step of 296, and both groups would round 30 % up to a third.
+    net = chain(group("conv", 888, units=24), group("conv2", 888, units=24), group("stream", 888))
+    result = plan(net, ratio=0.3)
+    assert result.widths_after["conv"] in (888, 592)
+    assert abs(share_removed(result, net) * 2664 - 0.3 * 2664) <= 8
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(
     "policy", [{"ratio": 0.6}, {"target_macs": 0.4}, {"target_params": 0.4, "scope": "global"}]
@@ -420,6 +431,30 @@ def test_a_ranking_that_does_not_fit_the_net_is_refused(
         plan(chain(group("a", 64)), scores=scores, ratio=0.5)
 
 
+def test_the_channels_of_a_traced_net_are_planned_and_counted_as_it_is_then() -> None:
+    # conv 3 -> 32, conv 32 -> 64, linear 64 -> 5 (frozen): at half, 16 and 32 channels are left.
+    net = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, padding=1, bias=False),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 5),
+    )
+    coupling = trace(net, torch.zeros(1, 3, 8, 8))
+    scores = {g.name: tuple(range(g.units)) for g in coupling.groups}
+    made = plan_pruning(Ranking("l2", scores, {}), coupling, policy=Policy(ratio=0.5))
+    assert made.removed == {"0": tuple(range(16)), "2": tuple(range(32))}
+    assert made.macs_after == 64 * 9 * (3 * 16 + 16 * 32) + 32 * 5
+    assert made.params_after == 9 * (3 * 16 + 16 * 32) + 32 * 5 + 5
+    check_plan(made, coupling)
+    again = plan_pruning(Ranking("l2", scores, {}), coupling, policy=Policy(target_macs=0.27))
+    assert again.macs_after <= 0.27 * again.macs_before
+    apply_removal(net, coupling, again.removed)
+    left = trace(net, torch.zeros(1, 3, 8, 8))
+    assert (left.count_macs({}), left.count_params({})) == (again.macs_after, again.params_after)
+
+
 def test_a_group_without_scores_is_refused() -> None:
     net = chain(group("a", 64))
     with pytest.raises(InputError, match="no scores for 'a'"):
@@ -446,6 +481,7 @@ def test_a_group_without_scores_is_refused() -> None:
         ({"ratio": 0.3, "round_to": 2.5}, "round_to is 2.5"),
         ({"ratio": 0.3, "min_width": 0}, "min_width is 0"),
         ({"ratio": 0.3, "frozen": ("",)}, "no pattern"),
+        ({"ratio": 0.3, "frozen": "layer1.*"}, "expected a tuple of patterns"),
         ({"ratio": 0.3, "overrides": {"a": 1.0}}, "ratio of 'a' is 1.0"),
         ({"ratio": 0.3, "overrides": {"a": -0.5}}, "ratio of 'a' is -0.5"),
     ],
