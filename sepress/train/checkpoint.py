@@ -65,8 +65,9 @@ def load_checkpoint(path: Path, *, identity: Mapping[str, JSON]) -> dict[str, An
         EOFError,
         pickle.UnpicklingError,
     ) as error:
-        cause = str(error).splitlines()[0]
-        raise InputError(f"{path} can't be read as a training checkpoint: {cause}", remedy=remedy) from error
+        raise InputError(
+            f"{path} can't be read as a training checkpoint ({type(error).__name__})", remedy=remedy
+        ) from error
     if schema != SCHEMA:
         raise InputError(f"{path} is of format {schema!r}; {SCHEMA!r} was expected", remedy=remedy)
     differences = [
