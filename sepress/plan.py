@@ -131,8 +131,9 @@ def check_policy(policy: Policy) -> None:
         value = getattr(policy, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise InputError(f"{name} is {value!r}; expected a whole number of channels, at least 1.")
-    if isinstance(policy.frozen, str):  # a tuple of its letters otherwise
-        raise InputError(f"frozen is the text {policy.frozen!r}; expected a tuple of patterns.")
+    frozen: object = policy.frozen
+    if isinstance(frozen, str):  # it would be read letter by letter
+        raise InputError(f"frozen is the text {frozen!r}; expected a tuple of patterns.")
     for pattern in (*policy.frozen, *policy.overrides):
         if not isinstance(pattern, str) or not pattern:
             raise InputError(f"{pattern!r} is no pattern of group names; expected text such as 'layer4.*'.")
