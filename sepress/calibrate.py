@@ -289,9 +289,8 @@ class _Collector:
         axis = reader.site.axis
         if "contribution" in self._evidence:
             others = [d for d in range(x.dim()) if d != axis]
-            norm = torch.linalg.vector_norm(x.detach().float(), dim=others)  # (P,), no copy of x is made
-            count = x.numel() // x.shape[axis] / self._images
-            self._pending.append((f"reader/{key}/energy", norm / count**0.5))
+            energy = x.detach().float().square().mean(others) * self._images  # (P,)
+            self._pending.append((f"reader/{key}/energy", energy))
         if self._probe is None:
             return None
         factor = self._probe[:, self._column(reader)].to(x.dtype)  # (N, P)
@@ -325,9 +324,8 @@ class _Collector:
         at = [*probe, *weights.values()]
         gradients = torch.autograd.grad(loss, at, allow_unused=True, materialize_grads=True)
         if probe:
-            fisher = (
-                gradients[0].cpu().double().square().sum(0)
-            )  # tied readings are summed already, per image
+            # (N, units of all groups): autograd has summed tied positions and readers, per image.
+            fisher = gradients[0].cpu().double().square().sum(0)
             for group, start in zip(self._coupling.groups, self._offsets[:-1], strict=True):
                 self._add(f"group/{group.name}/fisher", fisher[start : start + group.units])
         for name, gradient in zip(weights, gradients[len(probe) :], strict=True):
@@ -336,11 +334,10 @@ class _Collector:
     def _flush(self) -> None:
         """Move what the forward left behind to the CPU and into the sums, in float64 (mps has none)."""
         for name, value in self._pending:
-            value = value.cpu().double()
-            if name.startswith("reader/"):
-                self._add(name, value.square())
+            if name.startswith("gate/"):
+                self._add_excitation(name, value.cpu().double())
             else:
-                self._add_excitation(name, value)
+                self._add(name, value)
         self._pending.clear()
         if "excitation" in self._evidence and self._classes is not None:
             self._add("class_count", self._classes.sum(0))

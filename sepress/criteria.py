@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sepress import baselines
 from sepress.calibrate import ExcitationStats, judged_positions, reader_key
 from sepress.coupling import Coupling
-from sepress.errors import InputError
+from sepress.errors import InputError, SepressError
 from sepress.types import CouplingGroup, Gate, Ranking, Reader
 
 DEFAULT_CRITERION = "contribution"  # needs no labels, judges every group by one definition
@@ -87,7 +87,7 @@ def contribution(facts: Facts) -> dict[str, Judgement]:
     readers = dict.fromkeys(totals, 0)
     weights = dict(facts.net.named_parameters(remove_duplicate=False))
     for reader, places in _readings(facts.coupling):
-        energy = facts.measured.energy(reader).numpy() * weight_energy(weights[reader.parameter], reader)
+        energy = weight_energy(weights[reader.parameter], reader) * facts.measured.energy(reader).numpy()
         share = energy / (energy.sum() or 1)
         for group, here in places:
             totals[group.name] += _per_unit(group, reader.unit[here], share[here])
@@ -227,8 +227,12 @@ def weight_energy(weight: Tensor, reader: Reader) -> np.ndarray:
         reader.groups > 1 and not reader.transposed
     ):  # (O, I/g, ...): block b of outputs reads block b of inputs
         blocks = w.reshape(reader.groups, w.shape[0] // reader.groups, w.shape[1], -1)
-        return blocks.sum((1, 3)).flatten().numpy()
-    return w.movedim(reader.dim, 0).flatten(1).sum(1).numpy()
+        energy = blocks.sum((1, 3)).flatten()
+    else:
+        energy = w.movedim(reader.dim, 0).flatten(1).sum(1)
+    if len(energy) != len(reader.unit):
+        raise SepressError(f"'{reader.parameter}' reads {len(reader.unit)} positions and has {len(energy)}")
+    return energy.numpy()
 
 
 def _group_excitation(facts: Facts, group: CouplingGroup) -> np.ndarray | None:

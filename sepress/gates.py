@@ -12,6 +12,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -123,17 +124,17 @@ def masking(net: nn.Module, coupling: Coupling, removed: Removed) -> Iterator[No
     """Zero the removed units wherever they are read, in every forward of `net` inside the context.
 
     The parameters stay as they are. Gates need no mask of their own: what they multiply is zeroed before
-    anything reads it.
+    anything reads it. Raises InputError for an unknown group.
     """
-    order = {group.name: i for i, group in enumerate(coupling.groups)}
+    number = {group.name: i for i, group in enumerate(coupling.groups)}
+    gone = {number[coupling.group(name).name]: units for name, units in removed.items()}
     masks: dict[int, Tensor] = {}
     for reader in coupling.readers:
-        keep = torch.ones(len(reader.unit))
-        for name, units in removed.items():
-            gone = torch.isin(torch.from_numpy(reader.unit), torch.tensor(units, dtype=torch.int64))
-            keep[gone & (torch.from_numpy(reader.group) == order[name])] = 0
-        if not keep.all():
-            masks[id(reader)] = keep
+        masked = np.zeros(len(reader.unit), dtype=bool)
+        for group, units in gone.items():
+            masked |= (reader.group == group) & np.isin(reader.unit, units)
+        if masked.any():
+            masks[id(reader)] = torch.from_numpy(~masked)
 
     def mask(reader: Reader, x: Tensor) -> Tensor | None:
         keep = masks.get(id(reader))

@@ -110,6 +110,33 @@ def test_mean_excitation_judges_what_has_no_gate_by_l2_and_says_so(
         assert ranking.evidence[name] == "L2 of weights (no gate)"
 
 
+def with_gate_units(coupling: Coupling, *units: list[int]) -> Coupling:
+    gates = tuple(
+        dataclasses.replace(g, units=np.array(u)) for g, u in zip(coupling.gates, units, strict=True)
+    )
+    return dataclasses.replace(coupling, gates=gates)
+
+
+def test_a_unit_of_several_gate_channels_has_their_mean(
+    net: Net, coupling: Coupling, batch: tuple[Tensor, Tensor]
+) -> None:
+    stats = measure(net, coupling, batch)
+    shared = with_gate_units(coupling, [0, 1, 2, 3], [3, -1, 3, 3])
+    a, b = (stats.mean_excitation(gate).numpy() for gate in shared.gates)
+    ranking = rank(shared, stats, criterion="mean-excitation", net=net)
+    last = (a[3] + (b[0] + b[2] + b[3]) / 3) / 2
+    np.testing.assert_allclose(ranking.scores["stem"], [a[0], a[1], a[2], last], rtol=1e-6)
+
+
+def test_gates_that_cover_a_part_of_a_group_do_not_judge_it(
+    net: Net, coupling: Coupling, batch: tuple[Tensor, Tensor]
+) -> None:
+    partial = with_gate_units(coupling, [0, 1, -1, -1], [0, 1, -1, -1])
+    ranking = rank(partial, measure(net, coupling, batch), criterion="mean-excitation", net=net)
+    assert ranking.evidence["stem"] == "L2 of weights (its gates cover a part only)"
+    assert ranking.mean_excitation == {}
+
+
 def test_contribution_of_inner_channels_is_their_rms_times_the_weights_that_read_them(
     net: Net, coupling: Coupling, batch: tuple[Tensor, Tensor]
 ) -> None:
