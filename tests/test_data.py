@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sepress.data import DIGITS, DataSpec, make_loader, open_data
+from sepress.data import DataSpec, make_loader, open_data
 from sepress.data import loading as loading_module
 from sepress.data.images import UnreadableImage, decode, decoding, load_file
 from sepress.data.labels import match_classes
@@ -28,6 +28,7 @@ from sepress.data.transforms import (
 from sepress.errors import InputError
 from sepress.types import Preprocessing
 
+DIGITS = Preprocessing(input_size=(1, 28, 28), mean=(0.1307,), std=(0.3081,))
 RGB8 = Preprocessing(input_size=(3, 8, 8), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 

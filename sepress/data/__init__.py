@@ -1,8 +1,7 @@
 """Images by name -> datasets and batches: the embedded digits, torchvision's sets, folders of images."""
 
-from sepress.data.digits import DIGITS
 from sepress.data.loading import ImageDataset, Loader, make_loader
 from sepress.data.sources import DataSource, open_data
 from sepress.data.spec import DataSpec
 
-__all__ = ["DataSpec", "DataSource", "open_data", "ImageDataset", "Loader", "make_loader", "DIGITS"]
+__all__ = ["DataSpec", "DataSource", "open_data", "ImageDataset", "Loader", "make_loader"]

@@ -15,10 +15,7 @@ from sepress.data.catalog import Catalog, Samples
 from sepress.data.images import Mode, to_mode
 from sepress.data.splits import hash_unit
 from sepress.errors import InputError
-from sepress.types import Preprocessing
 
-# Mean and standard deviation of MNIST's 60,000 training images.
-DIGITS = Preprocessing(input_size=(1, 28, 28), mean=(0.1307,), std=(0.3081,), origin="digits")
 _SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}  # of each class: 350, 50 and 100 of its 500
 
 
