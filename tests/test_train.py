@@ -426,6 +426,28 @@ def test_an_interrupted_run_goes_on_to_the_same_weights_to_the_bit(
     assert result.best_epoch == expected.best_epoch
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_trains_and_goes_on_to_the_bit(
+    source: DataSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """On the CPU, which has the same autocast and gradient scaler as a GPU, though no use for them."""
+    monkeypatch.setattr(loop, "_mixed_precision", lambda config, device: dtype)
+    path, full, straight = tmp_path / "run.checkpoint", linear_net(), Interrupting(linear_net(), 0)
+    run(straight, source)
+    with pytest.raises(KeyboardInterrupt):
+        run(Interrupting(linear_net(), 8), source, checkpoint=path)
+    scale = torch.load(path, weights_only=True)["state"]["scaler"].get("scale")
+    assert (scale is not None) == (dtype is torch.float16)
+    resumed = Interrupting(linear_net(), 0)
+    run(resumed, source, checkpoint=path)
+    assert equal(resumed, straight)
+    monkeypatch.undo()
+    run(full, source)
+    weights, rounded = full[1].weight, straight.net[1].weight  # type: ignore[index,union-attr]
+    assert not torch.equal(rounded, weights)
+    assert torch.allclose(rounded, weights, atol=0.01)
+
+
 def test_a_finished_run_is_not_trained_again(source: DataSource, tmp_path: Path) -> None:
     path, net = tmp_path / "run.checkpoint", Interrupting(small_net(), 0)
     first = run(net, source, checkpoint=path)

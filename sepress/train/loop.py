@@ -100,7 +100,7 @@ def train(
                 stack.enter_context(_channels_last(module))
         if teacher is not None:
             stack.enter_context(evaluating(teacher))
-        stack.enter_context(_trained(net))
+        stack.enter_context(_restored(net))
         run = _Run(net, source, config, device, teacher, rank, world_size)
         if checkpoint is not None:
             run.resume(checkpoint)
@@ -148,7 +148,7 @@ class _Run:
         self.identity = self._identity()
         self.optimizer = build_optimizer(net, config)
         self.precision = _mixed_precision(config, device)
-        self.scaler = torch.amp.GradScaler("cuda", enabled=self.precision is torch.float16)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision is torch.float16)
         self.average = None if config.ema_decay is None else WeightAverage(net, decay=config.ema_decay)
         self.classes = len(output_names(source))
         self.loader = make_loader(
@@ -424,7 +424,7 @@ def _channels_last(net: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _trained(net: nn.Module) -> Iterator[None]:
+def _restored(net: nn.Module) -> Iterator[None]:
     """Afterwards each module has its own mode again, and no gradients are left."""
     with evaluating(net):
         try:
