@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import doctest
 import json
 import pickle
 import zipfile
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sepress.bundle import load_bundle, load_model, make_bundle, new_folder, read_meta, save_bundle
+from sepress.bundle import load_bundle, load_model, make_bundle, new_folder, read_meta, save_bundle, save_net
 from sepress.bundle.header import digest, named_tensors
 from sepress.errors import InputError, SepressError
 from sepress.models import build_net, build_spec
@@ -195,15 +196,70 @@ def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]  # no temporary file stays
 
 
-def test_a_net_that_its_spec_does_not_build_is_not_saved(tmp_path: Path) -> None:
-    bundle = make_bundle(Tied(), tiny().spec, lineage={})
+def test_a_net_that_its_spec_does_not_build_is_not_bundled(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a narrowed sepress:se_resnet8"):
-        save_bundle(bundle, tmp_path / "a.pt")
+        make_bundle(Tied(), tiny().spec, lineage={})
     stale = tiny()
-    stale.net.fc = nn.Linear(32, 4)  # type: ignore[assignment]
+    stale.net.fc = nn.Linear(32, 4)
+    with pytest.raises(InputError, match="spec says 10 classes"):
+        make_bundle(stale.net, stale.spec, lineage={})
     with pytest.raises(SepressError, match="changed its shape"):
         save_bundle(stale, tmp_path / "a.pt")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_pruned_net_is_saved_by_its_architecture_alone_and_pruned_again(
+    suffix: str, tmp_path: Path
+) -> None:
+    from sepress.coupling import apply_removal, trace
+
+    x = torch.randn(2, 3, 64, 64)
+    net = build_net(build_spec("timm:mobilenetv3_small_050", num_classes=7))
+    path = tmp_path / f"once{suffix}"
+    for name in ("once", "twice"):
+        coupling = trace(net, x[:1])
+        apply_removal(net, coupling, {g.name: (0, 2) for g in coupling.prunable()})
+        path = tmp_path / f"{name}{suffix}"
+        save_net(net, path, arch="timm:mobilenetv3_small_050")
+        again = load_bundle(path)
+        assert again.spec.kwargs == {"num_classes": 7}
+        assert_bit_equal(state_of(again.net), state_of(net))
+        assert torch.equal(again.net(x), net(x))
+        depthwise = [m for m in again.net.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
+        assert depthwise
+        assert all(m.groups == m.in_channels == m.out_channels == len(m.weight) for m in depthwise)
+        net = again.net
+
+
+def test_a_loaded_bundle_is_saved_as_it_is(tmp_path: Path) -> None:
+    save_bundle(narrowed(), tmp_path / "a.pt")
+    save_net(load_bundle(tmp_path / "a.pt"), tmp_path / "b.safetensors")
+    assert read_meta(tmp_path / "b.safetensors") == read_meta(tmp_path / "a.pt")
+    with pytest.raises(InputError, match="knows its architecture"):
+        save_net(tiny(), tmp_path / "c.pt", arch="sepress:se_resnet8")
+    with pytest.raises(InputError, match="without a factory"):
+        save_net(tiny().net, tmp_path / "c.pt")
+    with pytest.raises(InputError, match="have 10 classes, but num_classes is 5"):
+        save_net(tiny().net, tmp_path / "c.pt", arch="sepress:se_resnet8", kwargs=TINY, num_classes=5)
+
+
+def test_loading_and_saving_leave_the_random_state_alone(tmp_path: Path) -> None:
+    state = torch.random.get_rng_state()
+    save_bundle(make_bundle(Tied(), user_spec("mine:Tied"), lineage={}, factory=Tied), tmp_path / "a.pt")
+    torch.random.set_rng_state(state)
+    load_bundle(tmp_path / "a.pt", arch=Tied)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_the_examples_in_the_documentation_run() -> None:
+    import sepress.bundle
+    import sepress.models
+
+    for module in (sepress.bundle, sepress.models):
+        result = doctest.testmod(module)
+        assert result.attempted > 0
+        assert result.failed == 0
 
 
 class Splitting(nn.Module):
@@ -213,14 +269,14 @@ class Splitting(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(8, 8, 3, groups=8)
         self.sizes = (4, 4)
+        self.steps = 1
         self.flag = True
 
 
 def test_patched_attributes_are_restored_and_the_last_patch_counts(tmp_path: Path) -> None:
-    net = Splitting()
-    old = [AttributePatch("", "sizes", 0, 3), AttributePatch("conv", "groups", None, 7)]
+    old = [AttributePatch("", "sizes", 0, 3), AttributePatch("conv", "groups", None, 4)]
     bundle = make_bundle(
-        net,
+        Splitting(),
         user_spec("mine:Splitting"),
         lineage={},
         attributes=[*old, AttributePatch("", "sizes", 0, 2), AttributePatch("", "sizes", 1, 3)],
@@ -228,8 +284,17 @@ def test_patched_attributes_are_restored_and_the_last_patch_counts(tmp_path: Pat
     save_bundle(bundle, tmp_path / "a.pt")
     again = load_bundle(tmp_path / "a.pt", arch=Splitting)
     assert again.net.sizes == (2, 3)
-    assert again.net.conv.groups == 7
+    assert again.net.conv.groups == 4
     assert len(again.layout.attributes) == 3
+
+
+def test_rewritten_numbers_are_found_by_comparing_with_the_architecture() -> None:
+    net = Splitting()
+    net.sizes = (4, 2)
+    net.steps = 12  # grew: a counter, not a width
+    net.flag = False
+    bundle = make_bundle(net, user_spec("mine:Splitting"), lineage={}, factory=Splitting)
+    assert bundle.layout.attributes == (AttributePatch("", "sizes", 1, 2),)
 
 
 @pytest.mark.parametrize(
@@ -486,7 +551,7 @@ def test_the_class_count_is_read_from_the_weights(reference: str, tmp_path: Path
     assert bundle.spec.kwargs["num_classes"] == 7
     assert bundle.spec.class_names is None
     assert bundle.net(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
-    with pytest.raises(InputError, match="has 7 classes, but num_classes is 5"):
+    with pytest.raises(InputError, match="have 7 classes, but num_classes is 5"):
         load_bundle(tmp_path / "foreign.pth", arch=reference, num_classes=5)
 
 

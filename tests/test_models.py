@@ -277,10 +277,10 @@ def test_published_weights_load_but_for_a_classifier_of_another_count(
     import torchvision
 
     published = torchvision.models.mobilenet_v3_small()
-    build = torchvision.models.get_model
+    get_model = torchvision.models.get_model
     monkeypatch.setattr(
         "torchvision.models.get_model",
-        lambda arch, weights=None, **kw: published if weights else build(arch, weights=None, **{
+        lambda arch, weights=None, **kw: published if weights else get_model(arch, weights=None, **{
             k: v for k, v in kw.items() if k != "progress"
         }),
     )  # fmt: skip

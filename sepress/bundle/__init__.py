@@ -7,7 +7,7 @@ file against it, and only then gives it the file's tensors; a pruned net is its 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -22,9 +22,10 @@ from sepress.bundle.header import (
     Header,
     apply_patches,
     check_architecture,
-    check_file_layout,
+    check_layout,
     check_tensors,
     digest,
+    find_patches,
     header_from_json,
     header_to_json,
     merge_patches,
@@ -32,13 +33,23 @@ from sepress.bundle.header import (
 )
 from sepress.bundle.reading import NativeFile, read_file
 from sepress.console import log
+from sepress.coupling import sync_attributes
 from sepress.device import seeded
 from sepress.errors import InputError, SepressError
 from sepress.files import replacing
 from sepress.models import build_net, build_spec, factory_reference, override_preprocessing, parse_reference
 from sepress.types import JSON, AttributePatch, Bundle, Layout, ModelSpec
 
-__all__ = ["Header", "load_bundle", "load_model", "make_bundle", "new_folder", "read_meta", "save_bundle"]
+__all__ = [
+    "Header",
+    "load_bundle",
+    "load_model",
+    "make_bundle",
+    "new_folder",
+    "read_meta",
+    "save_bundle",
+    "save_net",
+]
 
 SUFFIXES = (".pt", ".safetensors")
 MODEL_SUFFIXES = (".pt", ".pth", ".safetensors", ".bin", ".ckpt", ".tar", ".pkl", ".pt2", ".onnx")
@@ -51,11 +62,14 @@ def make_bundle(
     *,
     lineage: Mapping[str, JSON],
     attributes: Iterable[AttributePatch] = (),
+    factory: Callable[..., nn.Module] | None = None,
 ) -> Bundle:
-    """Join a net with what builds it again.
+    """Join a net with what builds it again, and make sure that it does.
 
-    `attributes` are all the numbers that pruning ever rewrote, in order: those of the bundle it was loaded
-    from, then the new ones; the last of each counts. Raises InputError for a net without a spec.
+    The numbers that pruning rewrote are found by comparing the net with its architecture; `attributes` are
+    only needed, all that there ever were and in order, where a user's factory can't be imported by its name
+    and is not given as `factory` either. Raises InputError for a net without a spec, and for one that its
+    spec does not build.
     """
     if spec is None:
         raise InputError(
@@ -66,30 +80,101 @@ def make_bundle(
         raise InputError(f"'{extra[0]}' is state that is not a tensor, which a model file can't hold")
     tensors, _ = named_tensors(net)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return Bundle(spec=spec, layout=Layout(shapes, merge_patches(attributes)), lineage=lineage, net=net)
+    layout = Layout(shapes, merge_patches(attributes))
+    outline = _outline(spec, factory)
+    if outline is not None:
+        where = f"this {type(net).__name__}"
+        header = _header(net, spec, layout, lineage)
+        check_architecture(outline, header, tensors, where=where)
+        check_layout(header, tensors, where=where)
+        narrow(outline, {n: torch.empty_like(t, device="meta") for n, t in tensors.items()}, header)
+        layout = Layout(shapes, merge_patches((*layout.attributes, *find_patches(net, outline))))
+    return Bundle(spec=spec, layout=layout, lineage=lineage, net=net)
+
+
+def _outline(spec: ModelSpec, factory: Callable[..., nn.Module] | None) -> nn.Module | None:
+    """The unpruned architecture on meta; None where the user's factory is a local function or is gone."""
+    try:
+        with seeded(0):  # a constructor that can't run on meta must not move the caller's random state
+            return build_net(spec, device="meta", factory=factory)
+    except InputError:
+        if spec.source == "user":
+            return None
+        raise
+
+
+def _header(net: nn.Module, spec: ModelSpec, layout: Layout, lineage: Mapping[str, JSON]) -> Header:
+    tensors, aliases = named_tensors(net)
+    fixed = [n for n, t in tensors.items() if isinstance(t, nn.Parameter) and not t.requires_grad]
+    return Header(spec, layout, lineage, aliases, tuple(fixed))
+
+
+def save_net(
+    net: nn.Module | Bundle,
+    path: Path | str,
+    *,
+    arch: str | Callable[..., nn.Module] | None = None,
+    num_classes: int | None = None,
+    kwargs: Mapping[str, JSON] | None = None,
+    overrides: Mapping[str, JSON] | None = None,
+    class_names: Sequence[str] | None = None,
+    trained: bool = True,
+    lineage: Mapping[str, JSON] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Save a net, pruned or not, as `.pt` or `.safetensors`; `sepress.load(path)` gives it back.
+
+    `arch` is what built the net before any pruning: a reference (`timm:NAME`, `torchvision:NAME`,
+    `sepress:NAME`, `pkg.module:factory`) or the callable itself, with its structural `kwargs`; the class
+    count is read from the net. A bundle, as `sepress.load` returns it, knows all that.
+
+    >>> import sepress, tempfile
+    >>> net = sepress.build("sepress:se_resnet8", num_classes=3)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     sepress.save(net, folder + "/net.safetensors", arch="sepress:se_resnet8")
+    ...     sepress.load(folder + "/net.safetensors").spec.kwargs
+    {'num_classes': 3}
+    """
+    if isinstance(net, Bundle):
+        if arch is not None:
+            raise InputError("a bundle knows its architecture", remedy="Leave arch out, or pass bundle.net.")
+        save_bundle(make_bundle(net.net, net.spec, lineage=net.lineage), path, overwrite=overwrite)
+        return
+    spec, factory = None, arch if callable(arch) else None
+    if arch is not None:
+        reference = factory_reference(arch) if callable(arch) else arch
+        count = foreign.read_num_classes(
+            named_tensors(net)[0], reference, factory=factory, num_classes=num_classes, kwargs=kwargs or {}
+        )
+        spec = build_spec(
+            reference,
+            num_classes=count,
+            kwargs=kwargs,
+            overrides=overrides,
+            class_names=class_names,
+            trained=trained,
+        )
+    bundle = make_bundle(net, spec, lineage=lineage or {}, factory=factory)
+    save_bundle(bundle, path, overwrite=overwrite)
 
 
 def save_bundle(bundle: Bundle, path: Path | str, *, overwrite: bool = False) -> None:
     """Write a bundle whole or not at all, in the format of the path's suffix.
 
     Raises InputError for another suffix, a file that is already there (an input is never overwritten by
-    accident), a net that its spec does not build, and a folder that can't be written.
+    accident) and a folder that can't be written.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise InputError(f"{path}: a model is saved as {' or '.join(SUFFIXES)}")
     if path.exists() and not overwrite:
         raise InputError(f"{path}: it exists already", remedy="Choose another name.")
-    tensors, aliases = named_tensors(bundle.net)
+    tensors, _ = named_tensors(bundle.net)
     if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != bundle.layout.shapes:
         raise SepressError("the net has changed its shape since its bundle was made")
-    fixed = [n for n, t in tensors.items() if isinstance(t, nn.Parameter) and not t.requires_grad]
-    header = Header(bundle.spec, bundle.layout, bundle.lineage, aliases, tuple(fixed))
-    if bundle.spec.source != "user":  # the user's code is not ours to run again
-        check_architecture(build_net(bundle.spec, device="meta"), header, tensors, where=str(path))
     # clones, since views and shared storages would drag along what is not theirs
     tensors = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
-    text = header_to_json(header)
+    text = header_to_json(_header(bundle.net, bundle.spec, bundle.layout, bundle.lineage))
     facts = {"format": FORMAT, "meta": text, "digest": digest(text, tensors)}
     try:
         with replacing(path) as temporary:
@@ -125,6 +210,13 @@ def load_bundle(
     needs it again. `overrides` are preprocessing figures (see `sepress.models.build_spec`).
     Raises InputError for every file that is not what it should be; no code in a file ever runs, unless
     `trust_pickle` says so.
+
+    >>> import sepress, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     sepress.save(sepress.build("sepress:se_mobile"), folder + "/net.pt", arch="sepress:se_mobile")
+    ...     bundle = sepress.load(folder + "/net.pt")
+    >>> bundle.spec.reference, bundle.spec.preprocessing.input_size
+    ('sepress:se_mobile', (3, 32, 32))
     """
     path = Path(path)
     reference = factory_reference(arch) if callable(arch) else arch
@@ -135,21 +227,26 @@ def load_bundle(
     if isinstance(found, NativeFile):
         if kwargs:
             raise InputError(f"{path}: its architecture's arguments are in the file; don't pass them again")
-        bundle = _load_native(found, path=path, reference=reference, factory=factory, num_classes=num_classes)
+        with seeded(0):  # building must not move the caller's random state
+            bundle = _load_native(
+                found, path=path, reference=reference, factory=factory, num_classes=num_classes
+            )
         preprocessing = override_preprocessing(bundle.spec.preprocessing, overrides or {})
         return replace(bundle, spec=replace(bundle.spec, preprocessing=preprocessing))
-    spec, net, notes = foreign.fit(
-        found.content,
-        path=path,
-        reference=reference,
-        factory=factory,
-        num_classes=num_classes,
-        kwargs=kwargs or {},
-        overrides=overrides or {},
-    )
+    with seeded(0):
+        spec, net, notes = foreign.fit(
+            found.content,
+            path=path,
+            reference=reference,
+            factory=factory,
+            num_classes=num_classes,
+            kwargs=kwargs or {},
+            overrides=overrides or {},
+        )
     for note in notes:
         log(f"{path.name}: {note}")
-    return make_bundle(net, spec, lineage={"origin": {"file": path.name, "notes": list(notes)}})
+    lineage = {"origin": {"file": path.name, "notes": list(notes)}}
+    return make_bundle(net, spec, lineage=lineage, factory=factory)
 
 
 def _load_native(
@@ -164,7 +261,7 @@ def _load_native(
     header = header_from_json(found.header, where=where)
     header = replace(header, spec=_resolve_spec(header.spec, reference, num_classes, where=where))
     check_tensors(found.tensors, where=where)
-    check_file_layout(header, found.tensors, where=where)
+    check_layout(header, found.tensors, where=where)
     if digest(found.header, found.tensors) != found.digest:
         raise InputError(
             f"{path}: the file is damaged: its content has changed since it was written",
@@ -177,14 +274,8 @@ def _load_native(
     check_architecture(net, header, found.tensors, where=where)
     if _has_loose_tensors(net):  # values that only the constructor knows
         net = build_net(header.spec, factory=factory)
-    shapes = header.layout.shapes
-    pruned = any(tuple(t.shape) != shapes.get(n, tuple(t.shape)) for n, t in named_tensors(net)[0].items())
-    assign_tensors(net, found.tensors, header)
-    if pruned:
-        from sepress.coupling import sync_attributes
-
-        sync_attributes(net)
     apply_patches(net, header.layout.attributes, where=where)
+    narrow(net, found.tensors, header)
     return Bundle(header.spec, header.layout, header.lineage, net)
 
 
@@ -214,8 +305,11 @@ def _has_loose_tensors(net: nn.Module) -> bool:
     return any(isinstance(value, Tensor) for module in net.modules() for value in vars(module).values())
 
 
-def assign_tensors(net: nn.Module, tensors: Mapping[str, Tensor], header: Header) -> None:
-    """Put the file's tensors in place of the net's own, whatever their shape; tied ones become one object."""
+def narrow(net: nn.Module, tensors: Mapping[str, Tensor], header: Header) -> None:
+    """Put tensors in place of the net's own, whatever their shape; tied ones become one object.
+
+    The widths that layers keep as attributes follow the shapes.
+    """
     fixed = frozenset(header.fixed)
     parameters = {name for name, _ in net.named_parameters(remove_duplicate=False)}
     made: dict[str, Tensor] = {
@@ -227,6 +321,7 @@ def assign_tensors(net: nn.Module, tensors: Mapping[str, Tensor], header: Header
     for name in (*made, *header.aliases):
         owner, _, leaf = name.rpartition(".")
         setattr(net.get_submodule(owner), leaf, made[header.aliases.get(name, name)])
+    sync_attributes(net)
 
 
 def load_model(

@@ -98,15 +98,47 @@ def _splits(key: str) -> list[tuple[str, str]]:
 
 
 # ---- classes ------------------------------------------------------------------------------------
-def infer_num_classes(state: Mapping[str, Tensor], net: nn.Module, declared: int | None) -> int | None:
-    """The class count of the weights where the classifier's rows are all that differs from the net's."""
-    own, _ = named_tensors(net)
-    differing = [k for k, v in own.items() if k in state and state[k].shape != v.shape]
-    counts = {(tuple(own[k].shape[:1]), tuple(state[k].shape[:1])) for k in differing}
-    if len(counts) != 1 or any(own[k].shape[1:] != state[k].shape[1:] for k in differing):
+def read_num_classes(
+    state: Mapping[str, Tensor],
+    reference: str,
+    *,
+    factory: Callable[..., nn.Module] | None,
+    num_classes: int | None,
+    kwargs: Mapping[str, JSON],
+) -> int | None:
+    """The class count of weights, pruned or not: the length of the axes that grow with `num_classes`.
+
+    None where a user's factory takes no such argument, or the weights don't agree on one count.
+    Raises InputError where they contradict a count that was given.
+    """
+    given = num_classes if num_classes is not None else kwargs.get("num_classes")
+    spec = build_spec(reference, num_classes=num_classes, kwargs=kwargs)
+    if spec.source == "user" and given is None and not _takes_num_classes(reference, factory):
         return None
-    (((rows, *_), (found, *_)),) = counts
-    return found if declared in (None, rows) else None
+    declared = spec.kwargs.get("num_classes", 2)
+    fewer, more = (
+        named_tensors(
+            build_net(
+                replace(spec, kwargs={**spec.kwargs, "num_classes": count}), device="meta", factory=factory
+            )
+        )[0]
+        for count in (declared, declared + 1)
+    )
+    axes = [
+        (name, axis)
+        for name, tensor in fewer.items()
+        if name in more and name in state and state[name].dim() == tensor.dim()
+        for axis in range(tensor.dim())
+        if more[name].shape[axis] == tensor.shape[axis] + 1
+    ]
+    found = {state[name].shape[axis] for name, axis in axes}
+    if given is not None and found and found != {given}:
+        counts = " and ".join(map(str, sorted(found)))
+        raise InputError(
+            f"the weights have {counts} classes, but num_classes is {given}",
+            remedy="Leave the class count out; it is read from the weights.",
+        )
+    return found.pop() if len(found) == 1 else given
 
 
 # ---- fitting ------------------------------------------------------------------------------------
@@ -133,15 +165,10 @@ def fit(
     spec = build_spec(reference, num_classes=num_classes, kwargs=kwargs, overrides=overrides)
     outline = build_net(spec, device="meta", factory=factory)
     checkpoint = match_names(checkpoint, _names(outline))
-    found = infer_num_classes(checkpoint.state, outline, spec.kwargs.get("num_classes"))
-    if found is not None:
-        if num_classes is not None or "num_classes" in kwargs:
-            raise InputError(
-                f"{path}: it has {found} classes, but num_classes is {spec.kwargs['num_classes']}",
-                remedy="Leave the class count out; it is read from the file.",
-            )
-        if spec.source != "user" or _takes_num_classes(reference, factory):
-            spec = build_spec(reference, num_classes=found, kwargs=kwargs, overrides=overrides)
+    count = read_num_classes(
+        checkpoint.state, reference, factory=factory, num_classes=num_classes, kwargs=kwargs
+    )
+    spec = build_spec(reference, num_classes=count, kwargs=kwargs, overrides=overrides)
     net = build_net(spec, factory=factory)
     load_weights(net, checkpoint.state, path=path, reference=reference)
     return spec, net, checkpoint.notes

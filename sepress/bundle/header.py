@@ -120,8 +120,8 @@ def check_tensors(tensors: Mapping[str, Any], *, where: str) -> None:
 
 
 # ---- layout against file and architecture -------------------------------------------------------
-def check_file_layout(header: Header, tensors: Mapping[str, Tensor], *, where: str) -> None:
-    """The header's shapes are those of the tensors in the file, name by name."""
+def check_layout(header: Header, tensors: Mapping[str, Tensor], *, where: str) -> None:
+    """The header's shapes are those of the tensors, name by name, and its class count is among them."""
     shapes = header.layout.shapes
     if different := sorted(shapes.keys() ^ tensors.keys()):
         raise InputError(f"{where}: its header and its tensors disagree about '{different[0]}'")
@@ -132,7 +132,7 @@ def check_file_layout(header: Header, tensors: Mapping[str, Tensor], *, where: s
             )
     count = header.spec.kwargs.get("num_classes")
     if count is not None and not any(count in shape for shape in shapes.values()):
-        raise InputError(f"{where}: its header says {count} classes, but no tensor has so many")
+        raise InputError(f"{where}: its spec says {count} classes, but no tensor has so many")
 
 
 def check_architecture(net: nn.Module, header: Header, tensors: Mapping[str, Tensor], *, where: str) -> None:
@@ -173,6 +173,28 @@ def merge_patches(patches: Iterable[AttributePatch]) -> tuple[AttributePatch, ..
     """One patch for each number, the last one given."""
     last = {(p.module, p.attribute, p.index): p for p in patches}
     return tuple(last.values())
+
+
+def find_patches(net: nn.Module, outline: nn.Module) -> list[AttributePatch]:
+    """The plain numbers of `net` that are smaller than in `outline`, its architecture with its shapes."""
+    patches = []
+    for path, module in net.named_modules():
+        try:
+            full = vars(outline.get_submodule(path))
+        except AttributeError:  # a module without tensors, added after building
+            continue
+        for name, value in vars(module).items():
+            old: Any = full.get(name)
+            if _shrunk(value, old):
+                patches.append(AttributePatch(path, name, None, value))
+            elif type(value) in (list, tuple) and type(old) is type(value) and len(old) == len(value):
+                pairs = enumerate(zip(value, old, strict=True))
+                patches += [AttributePatch(path, name, i, a) for i, (a, b) in pairs if _shrunk(a, b)]
+    return patches
+
+
+def _shrunk(value: Any, old: Any) -> bool:
+    return type(value) is int and type(old) is int and 1 <= value < old
 
 
 def apply_patches(net: nn.Module, patches: Iterable[AttributePatch], *, where: str) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["build_net", "build_spec", "check_kwargs", "factory_reference", "parse_reference"]
+__all__ = ["build", "build_net", "build_spec", "check_kwargs", "factory_reference", "parse_reference"]
 
 Source = Literal["timm", "torchvision", "sepress", "user"]
 REGISTRIES: tuple[Source, ...] = ("timm", "torchvision", "sepress")
@@ -271,6 +271,19 @@ def build_net(
     return sources.construct(
         sources.constructor(spec.source, spec.arch), arguments, device=device, reference=spec.reference
     )
+
+
+def build(reference: str, *, pretrained: bool = False, **kwargs: JSON) -> nn.Module:
+    """Build an architecture by its reference, with random or pretrained weights, in eval mode.
+
+    `kwargs` are its plain structural arguments (`num_classes`, `in_chans`, `width`, ...).
+
+    >>> import sepress
+    >>> net = sepress.build("sepress:se_resnet8", num_classes=10, in_chans=1)
+    >>> net.fc
+    Linear(in_features=64, out_features=10, bias=True)
+    """
+    return build_net(build_spec(reference, kwargs=kwargs), pretrained=pretrained)
 
 
 @contextmanager
