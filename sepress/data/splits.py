@@ -22,8 +22,8 @@ def hash_unit(text: str) -> float:
 def cut(names: Sequence[str], fractions: dict[str, float]) -> dict[str, Positions]:
     """Cut the named fractions off `names` by each name's hash; the rest is 'train'.
 
-    An image keeps its split when others come or go. A fraction that would be empty takes the train
-    image that comes next, as long as one stays in train.
+    An image keeps its split when others come or go; but train is never empty, and a fraction that
+    would be empty takes one image from train, as long as another stays there.
     """
     units = np.array([hash_unit(name) for name in names])
     split_of = np.full(len(names), "train", dtype=object)
@@ -31,6 +31,8 @@ def cut(names: Sequence[str], fractions: dict[str, float]) -> dict[str, Position
     for split, fraction in fractions.items():
         split_of[(units >= low) & (units < low + fraction)] = split
         low += fraction
+    if not (split_of == "train").any():
+        split_of[units.argmax()] = "train"
     for split in fractions:
         train = np.flatnonzero(split_of == "train")
         if len(train) > 1 and not (split_of == split).any():
