@@ -150,10 +150,8 @@ def test_no_split_that_is_due_stays_empty_while_train_has_images_to_give():
     assert {split: len(part) for split, part in parts.items()} == {"train": 1, "test": 1, "val": 1}
     order = sorted("xyz", key=hash_unit)
     assert ["xyz"[i] for i in parts["test"]] == order[:1]
-    assert {split: len(part) for split, part in cut(["x"], {"val": 0.5}).items()} in (
-        {"train": 1},
-        {"val": 1},
-    )
+    for name in "abcdefgh":  # whatever its hash
+        assert {split: len(part) for split, part in cut([name], {"val": 0.5}).items()} == {"train": 1}
 
 
 def test_one_image_is_a_train_split(tmp_path):
