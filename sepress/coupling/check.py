@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from sepress.coupling.groups import Coupling
-from sepress.coupling.trace import Inputs, Operation, evaluating, one_image
+from sepress.coupling.trace import LAYOUT_OPS, Inputs, Operation, evaluating, one_image
 from sepress.types import Check, Removed
 
 TOLERANCE = 1e-4  # of the outputs' spread; rounding of float32 stays well below
@@ -218,17 +218,19 @@ def _max(x: Tensor) -> float:
     return float(x.abs().max()) if x.numel() else 0.0
 
 
-class _Record(TorchDispatchMode):
+class _Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs the pruned net and keeps what the masked run needs: statistics, or every output."""
 
     def __init__(self, replay: _Replay, *, everything: bool = False) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.index = 0
         self.outputs: dict[int, list[Tensor]] = {}
         self.inputs: dict[int, list[Tensor]] = {}
         self._replay, self._everything = replay, everything
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in LAYOUT_OPS:
+            return func(*args, **(kwargs or {}))
         operation = self._replay.operation(self.index, func.overloadpacket.__name__)
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if operation.statistics:
@@ -241,16 +243,18 @@ class _Record(TorchDispatchMode):
         return result
 
 
-class _Masked(TorchDispatchMode):
+class _Masked(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs the base net with removed channels zero where they are read."""
 
     def __init__(self, replay: _Replay, record: _Record, *, compare: bool = False) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.index = 0
         self.worst_statistics = 0.0
         self._replay, self._record, self._compare = replay, record, compare
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in LAYOUT_OPS:
+            return func(*args, **(kwargs or {}))
         operation = self._replay.operation(self.index, func.overloadpacket.__name__)
         args, kwargs = self._zeroed(operation, args, kwargs or {})
         result = func(*args, **kwargs)

@@ -7,7 +7,7 @@ those that a rule froze form frozen groups, which say why.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -401,4 +401,4 @@ def find_groups(net: nn.Module, inputs: Inputs) -> tuple[CouplingGroup, ...]:
     return trace(net, inputs).groups
 
 
-__all__: Iterable[str] = ["Coupling", "find_gates", "find_groups", "trace"]
+__all__ = ["Coupling", "find_gates", "find_groups", "trace"]

@@ -15,7 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sepress.coupling.shadows import along, compress, distinct, from_slots, line, no_ids, varies, varying_axes
+from sepress.coupling.shadows import (
+    along,
+    broadcast_shape,
+    compress,
+    distinct,
+    from_slots,
+    line,
+    no_ids,
+    varies,
+    varying_axes,
+)
 from sepress.coupling.slots import NONE, PADDING, names
 
 if TYPE_CHECKING:
@@ -26,13 +36,13 @@ if TYPE_CHECKING:
 class Op:
     """One dispatched operation of the traced forward, after it ran."""
 
-    index: int
     name: str
     func: Any
     args: Sequence[Any]
     kwargs: dict[str, Any]
     inputs: list[Tensor]
     outputs: list[Tensor]
+    statistics: bool = False  # set by a rule: it sums up over channels, so its result changes with removal
 
     @property
     def pointwise(self) -> bool:
@@ -55,7 +65,7 @@ def pointwise(t: Tracer, op: Op) -> None:
 
 def _meet(t: Tracer, inputs: list[Tensor]) -> Tensor:
     shadows = [t.ids(x) for x in inputs if not t.is_parametric(x)]
-    shape = torch.broadcast_shapes(*[x.shape for x in inputs])
+    shape = broadcast_shape(*[x.shape for x in inputs])
     ids = join(t, shadows).expand(shape)
     axes = varying_axes(ids)
     for x in inputs:
@@ -85,16 +95,17 @@ def join(t: Tracer, shadows: list[Tensor]) -> Tensor:
     """Unify shadows position by position over their broadcast shape; returns the joint shadow."""
     if not shadows:
         return no_ids(())
-    shape = torch.broadcast_shapes(*[s.shape for s in shadows])
+    shape = broadcast_shape(*[s.shape for s in shadows])
     small = [compress(s.reshape((1,) * (len(shape) - s.dim()) + tuple(s.shape))) for s in shadows]
     joint = small[0]
     for ids in small[1:]:
         if ids.shape == joint.shape and torch.equal(ids, joint):
             continue
-        a, b = torch.broadcast_tensors(joint, ids)
+        meeting = broadcast_shape(joint.shape, ids.shape)
+        a, b = joint.expand(meeting), ids.expand(meeting)
         both = (a != b) & (a != NONE) & (b != NONE)
         if both.any():
-            pairs = (a[both].to(torch.int64) * (1 << 32) + b[both]).unique().numpy()
+            pairs = np.unique((a[both].to(torch.int64) * (1 << 32) + b[both]).numpy())
             t.facts.unify(pairs >> 32, pairs & 0xFFFFFFFF)
         joint = torch.where(a != NONE, a, b)
     return joint.expand(shape)
@@ -333,7 +344,7 @@ def group_norm(t: Tracer, op: Op) -> None:
     if ids.dim() > 1 and varies(ids, 1):
         _norm_parameters(t, op.inputs[1:], ids, (1,))
         t.facts.align(line(ids, 1).reshape(groups, -1))
-        t.note_statistics(op)
+        op.statistics = True
     t.write(op.outputs[0], ids)
 
 
@@ -344,7 +355,7 @@ def layer_norm(t: Tracer, op: Op) -> None:
     _norm_parameters(t, op.inputs[1:], ids, axes)
     t.write(op.outputs[0], ids)
     if any(varies(ids, axis) for axis in axes):
-        t.note_statistics(op)
+        op.statistics = True
         t.claim_sizes([(ids.size(axis), line(ids, axis)) for axis in axes if varies(ids, axis)])
 
 
@@ -383,7 +394,7 @@ def reduction(t: Tracer, op: Op) -> None:
         if op.name in ("argmax", "argmin"):
             t.freeze(distinct(ids), f"{op.name} over channels")
         if op.name != "sum":  # zeros leave a sum as it is
-            t.note_statistics(op)
+            op.statistics = True
         ids = no_ids(ids.shape)
     for axis in reduced:
         ids = ids.narrow(axis, 0, 1)
@@ -447,7 +458,7 @@ def concatenation(t: Tracer, op: Op) -> None:
         t.write(output, join(t, [ids.narrow(axis, 0, 1) for ids in shadows]).expand(output.shape))
         return
     small = [compress(ids, (axis,)) for ids in shadows]
-    shape = torch.broadcast_shapes(*[(*s.shape[:axis], 1, *s.shape[axis + 1 :]) for s in small])
+    shape = broadcast_shape(*[(*s.shape[:axis], 1, *s.shape[axis + 1 :]) for s in small])
     t.write(
         output, torch.cat([s.expand(*shape[:axis], s.size(axis), *shape[axis + 1 :]) for s in small], axis)
     )
@@ -582,14 +593,14 @@ def derive(t: Tracer, op: Op) -> None:
         t.derive(output, t.elements(main))
         for statistic in op.outputs[1:]:
             t.derive(statistic, t.elements(main)[0].flatten(1)[:, 0])
-        t.note_statistics(op)
+        op.statistics = True
     elif op.name in REDUCTIONS:
         elements = t.elements(main)
         for axis in reversed(reduced_axes(op, main)):
             elements = elements.narrow(axis, 0, 1)
         for result in op.outputs:
             t.derive(result, elements.reshape(result.shape))
-        t.note_statistics(op)
+        op.statistics = True
     elif op.name in COPIES or op.name in LOOKUPS:
         for result, elements in zip(op.outputs, t.rearranged(op, t.elements), strict=True):
             t.derive(result, elements)

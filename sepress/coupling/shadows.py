@@ -34,14 +34,14 @@ class StorageMap(Generic[V]):
 
     def put(self, tensor: Tensor, value: V) -> None:
         storage = tensor.untyped_storage()
-        self._values[storage._cdata] = (StorageWeakRef(storage), value)
+        self._values[storage._cdata] = (StorageWeakRef(storage), value)  # type: ignore[no-untyped-call]
 
     def drop(self, tensor: Tensor) -> None:
         self._values.pop(tensor.untyped_storage()._cdata, None)
 
     def sweep(self) -> None:
         """Forget the storages that died."""
-        dead = [key for key, (reference, _) in self._values.items() if reference.expired()]
+        dead = [key for key, (alive, _) in self._values.items() if alive.expired()]  # type: ignore[no-untyped-call]
         for key in dead:
             del self._values[key]
 
@@ -102,7 +102,12 @@ class Shadows:
 
 
 def _layout(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    return tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+    return tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
+
+
+def broadcast_shape(*shapes: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape that shapes broadcast to together."""
+    return tuple(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
 
 
 # ---- reading ids --------------------------------------------------------------------------------
@@ -146,13 +151,13 @@ def along(ids: Tensor, axis: int) -> tuple[np.ndarray, np.ndarray]:
     rows = compress(ids, (axis,)).movedim(axis, 0).reshape(ids.size(axis), -1)
     if rows.size(1) == 1:
         return np.arange(ids.size(axis)), rows[:, 0].numpy().astype(np.int64)
-    pairs = (rows.to(torch.int64) + torch.arange(rows.size(0)).unsqueeze(1) * (1 << 32)).unique().numpy()
+    pairs = np.unique(rows.numpy().astype(np.int64) + (np.arange(rows.size(0))[:, None] << 32))
     return pairs >> 32, pairs & 0xFFFFFFFF
 
 
 def distinct(*shadows: Tensor) -> np.ndarray:
     """Return the ids that occur in any of the shadows."""
-    found = [compress(ids).unique().numpy().astype(np.int64) for ids in shadows]
+    found = [np.unique(compress(ids).numpy()).astype(np.int64) for ids in shadows]
     return np.unique(np.concatenate([np.zeros(0, np.int64), *found]))
 
 

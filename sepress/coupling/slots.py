@@ -71,7 +71,7 @@ class SlotTable:
 
     def _is_known(self, tensor: Tensor) -> bool:
         """Whether these elements were met before; if not, note where they lie."""
-        start, number = tensor.storage_offset(), len(self.names)
+        start, number = int(tensor.storage_offset()), len(self.names)
         stop = start + max(1, tensor.numel())
         places = self._memory.setdefault(tensor.untyped_storage()._cdata, [])
         for other_start, other_stop, other in places:
@@ -94,18 +94,23 @@ class SlotTable:
 
     def elements(self, tensor: Tensor) -> Tensor:
         """Return the number of the parameter element that each element of a view is."""
-        places = self._memory[tensor.untyped_storage()._cdata]
-        start, _, number = next(p for p in places if p[0] <= tensor.storage_offset() < p[1])
+        start, number = self._place(tensor)
         count = self._first_element[number + 1] - self._first_element[number]
         numbers = torch.arange(count) + self._first_element[number]
-        return numbers.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() - start)
+        return numbers.as_strided(tensor.shape, tensor.stride(), int(tensor.storage_offset()) - start)
 
     def along(self, tensor: Tensor, axis: int) -> Ids | None:
         """Return the slots along one axis of a view of a parameter, or None where they are not one axis."""
-        steps = np.arange(tensor.size(axis), dtype=np.int64) * tensor.stride(axis)
+        start, number = self._place(tensor)
+        first = int(tensor.storage_offset()) - start + self._first_element[number]
+        return self.of_elements(first + np.arange(tensor.size(axis), dtype=np.int64) * tensor.stride(axis))
+
+    def _place(self, tensor: Tensor) -> tuple[int, int]:
+        """Return where in its storage a view's parameter starts, and the parameter's number."""
         places = self._memory[tensor.untyped_storage()._cdata]
-        start, _, number = next(p for p in places if p[0] <= tensor.storage_offset() < p[1])
-        return self.of_elements(steps + (tensor.storage_offset() - start + self._first_element[number]))
+        return next(
+            (start, number) for start, stop, number in places if start <= tensor.storage_offset() < stop
+        )
 
     def of_elements(self, elements: Ids) -> Ids | None:
         """Return the slots that a row of element numbers walks along, if it walks along one axis."""

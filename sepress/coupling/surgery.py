@@ -135,8 +135,9 @@ def _weight_shape(module: nn.Module) -> tuple[int, ...] | None:
         weight: Tensor | None = own["weight_v"]
     elif own.get("weight") is not None:
         weight = own["weight"]
-    elif hasattr(module, "parametrizations") and "weight" in module.parametrizations:
-        weight = list(module.parametrizations["weight"].parameters())[-1]
+    elif "parametrizations" in module._modules:  # the last original has the weight's shape
+        originals = dict(module.named_parameters())
+        weight = next((originals[name] for name in reversed(originals) if ".weight.original" in name), None)
     else:
         weight = module._buffers.get("running_mean")
     return None if weight is None else tuple(weight.shape)

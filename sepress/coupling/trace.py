@@ -24,7 +24,16 @@ from torch.utils._pytree import tree_leaves, tree_map
 from sepress.coupling import rules
 from sepress.coupling.gating import GateFinder, Mark
 from sepress.coupling.rules import Op
-from sepress.coupling.shadows import Shadows, compress, distinct, line, no_ids, varies, varying_axes
+from sepress.coupling.shadows import (
+    Shadows,
+    compress,
+    distinct,
+    from_slots,
+    line,
+    no_ids,
+    varies,
+    varying_axes,
+)
 from sepress.coupling.slots import Facts, SlotTable, names
 from sepress.coupling.tags import AttributeSource, SizeSource, TaggedInt, tagged_attributes
 from sepress.errors import InputError
@@ -40,6 +49,11 @@ READING_OPS = names(
     "convolution _convolution cudnn_convolution mkldnn_convolution mm addmm bmm baddbmm sum"
     " _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention"
     " _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"
+)
+# Operations that only lay memory out: which of them run depends on widths, so replays don't count them.
+LAYOUT_OPS = names(
+    "view _unsafe_view reshape permute transpose t unsqueeze squeeze expand slice select as_strided"
+    " as_strided_ alias detach clone contiguous _to_copy empty empty_strided unfold"
 )
 SWEEP_EVERY = 64  # operations between two looks for dead storages
 
@@ -101,11 +115,11 @@ class Product:
     axes: tuple[np.ndarray, ...]
 
 
-class Tracer(TorchDispatchMode):
+class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Interprets every operation on ids beside its real execution; collects facts for groups.py."""
 
     def __init__(self, net: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.slots = SlotTable(net)
         self.facts = Facts()
         self.shadows = Shadows()
@@ -120,7 +134,7 @@ class Tracer(TorchDispatchMode):
         self.calls: list[str] = []
         self.call: Call | None = None
         self.modules: list[str] = []  # those running, innermost last
-        self._statistics: set[int] = set()
+        self._dispatched = 0
         for number in self.slots.clashing:
             self.freeze(self.slots.every_slot(number), "shares memory with another parameter")
 
@@ -136,11 +150,13 @@ class Tracer(TorchDispatchMode):
             raise _data_dependent(self.module)
         result = func(*args, **kwargs)
         outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
-        op = Op(len(self.operations), name, func, args, kwargs, inputs, outputs)
+        op = Op(name, func, args, kwargs, inputs, outputs)
         if name not in rules.FACTORIES and (traced or any(self.is_parametric(x) for x in inputs)):
             self._interpret(op, traced)
-        self._record(op)
-        if op.index % SWEEP_EVERY == 0:
+        if name not in LAYOUT_OPS:
+            self._record(op)
+        self._dispatched += 1
+        if self._dispatched % SWEEP_EVERY == 0:
             for memory in (self.shadows, self.derived, self.gates):
                 memory.sweep()
         return result
@@ -161,7 +177,7 @@ class Tracer(TorchDispatchMode):
             self.gates.observe(self, op)
 
     def _record(self, op: Op) -> None:
-        statistics = op.index in self._statistics
+        statistics = op.statistics
         reads = tuple(
             (position, compress(self.ids(x)).numpy())
             for position, x in enumerate(op.inputs)
@@ -206,7 +222,7 @@ class Tracer(TorchDispatchMode):
             for axis in reversed(range(x.dim())):
                 slots = self.slots_along(x, axis)
                 if slots is not None:
-                    return rules.from_slots(slots, axis, x.dim()).expand(x.shape)
+                    return from_slots(slots, axis, x.dim()).expand(x.shape)
         return no_ids(x.shape)
 
     def axis_ids(self, x: Tensor, axis: int) -> np.ndarray | int:
@@ -284,9 +300,6 @@ class Tracer(TorchDispatchMode):
             slots = self.slots_along(x, axis)
             if slots is not None:
                 self.freeze(slots, why)
-
-    def note_statistics(self, op: Op) -> None:
-        self._statistics.add(op.index)
 
     def count_macs(self, constant: int, *lengths: np.ndarray | int) -> None:
         for length in lengths:
@@ -536,7 +549,8 @@ def run_tracer(net: nn.Module, inputs: Inputs) -> Tracer:
         except Exception as error:
             shapes = ", ".join(str(tuple(x.shape)) for x in arguments)
             raise InputError(
-                f"the network's forward failed on an input of shape {shapes}: {error}",
+                f"the network's forward failed on an input of shape {shapes}:"
+                f" {type(error).__name__}: {error}",
                 remedy="Check the input size and the number of inputs that the network expects.",
             ) from error
     for output in tree_leaves(outputs):
