@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -49,6 +49,7 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 CriterionName = Literal["contribution", "fisher", "mean-excitation", "l2", "group-taylor", "random"]
+CRITERIA: tuple[str, ...] = get_args(CriterionName)
 
 
 def _read_classes(value: object) -> object:
@@ -352,7 +353,7 @@ def _fault(error: Mapping[str, Any], marks: Marks) -> Fault:
     path: KeyPath = error["loc"]
     nearest = next((path[:n] for n in range(len(path), -1, -1) if path[:n] in marks), None)
     mark = None if nearest is None else marks[nearest]
-    named = nearest == path and mark is not None and mark.startswith("-")  # an option says which key
+    named = nearest == path and not str(mark).rpartition(":")[2].isdecimal()  # an option says which key
     return Fault(mark, () if named else path, _explain(error))
 
 
@@ -388,8 +389,8 @@ def _near(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {' or '.join(repr(n) for n in near)}?)" if near else ""
 
 
-def check_inputs(recipe: Recipe) -> None:
-    """Raise InputError where a file or folder that the recipe names is missing, or its images are not named.
+def check_inputs(recipe: Recipe, *, images: bool = True) -> None:
+    """Raise InputError where a file or folder that the recipe names is missing, or no `images` are named.
 
     To be called before anything is loaded or fetched.
     """
@@ -401,7 +402,7 @@ def check_inputs(recipe: Recipe) -> None:
         raise InputError(f"there is no model file {source}", remedy=hint)
     if not is_file:
         parse_reference(source)
-        if data is None:
+        if data is None and images:
             raise InputError(
                 f"there are no images: {source} is a name, and only a model file can know its data",
                 remedy="Pass --data (data.path in a recipe): a folder of images, digits or torchvision:NAME.",

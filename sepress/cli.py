@@ -1,0 +1,752 @@
+"""The command line: options -> a Recipe -> its run -> one table, or one JSON object, on stdout.
+
+Every verb that does work builds a recipe of one or a few stages, so a verb and a recipe's stage are the same
+code. An option stands once, in a group that names the part of a recipe it sets; where it is not typed, the
+recipe's own default holds. Logs and progress go to stderr. Nothing heavy is imported before a verb runs,
+and annotations are evaluated as they stand: reading them from text would double this module's start.
+"""
+
+import contextlib
+import functools
+import gc
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+
+import typer
+import typer.models
+from typer.core import TyperGroup
+
+from sepress import console
+from sepress.errors import InputError, SepressError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from sepress.recipe import Recipe
+    from sepress.types import PruningPlan, Report
+
+INTERRUPTED = 130
+
+
+# ---- exit codes -----------------------------------------------------------------------------------
+class Verbs(TyperGroup):
+    """Runs a verb and turns what it raises into one block on stderr and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        gc.enable()
+        try:
+            return super().invoke(ctx)
+        except SepressError as error:
+            _complain(str(error))
+            code = error.exit_code
+        except KeyboardInterrupt:
+            _complain("interrupted; the same command with --out FOLDER goes on where a run in FOLDER stopped")
+            code = INTERRUPTED
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
+            if os.environ.get("SEPRESS_DEBUG") or _is_usage_error(error):
+                raise
+            _complain(f"{type(error).__name__}: {error}\nSEPRESS_DEBUG=1 shows where; please report it.")
+            code = SepressError.exit_code
+        raise typer.Exit(code)
+
+
+def _is_usage_error(error: Exception) -> bool:
+    """Typer's own (its click is vendored or not, by version): it explains them and exits with 2."""
+    return hasattr(error, "format_message") and hasattr(error, "exit_code")
+
+
+def _complain(text: str) -> None:
+    stderr = console.enable()
+    stderr.print("error:", style="bold red", end=" ")
+    stderr.print(text, markup=False, soft_wrap=True)
+
+
+# ---- options, each declared once ------------------------------------------------------------------
+class OptionGroup:
+    """Options that set one part of a recipe: a field's name is the recipe's key, its value what was typed.
+
+    Plain classes, since the time that dataclasses take to be made is felt at every start.
+    """
+
+    panel: ClassVar[str]  # of the help
+    section: ClassVar[str]  # of the recipe; '' is its top level, 'stage' the stage that a verb adds
+
+    def __init__(self, **values: Any) -> None:
+        self.__dict__.update(values)
+
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        """Field -> its annotation, which holds Typer's option."""
+        return {name: hint for name, hint in cls.__annotations__.items() if hasattr(hint, "__metadata__")}
+
+
+class ModelOptions(OptionGroup):
+    panel = "Model"
+    section = "model"
+
+    source: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A model file, or timm:NAME, torchvision:NAME, sepress:NAME."),
+    ]
+    arch: Annotated[
+        str | None,
+        typer.Option("--arch", help="What builds a foreign file's net: timm:NAME, or pkg.module:factory."),
+    ] = None
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Take a name's net untrained; every table says so.")
+    ] = False
+    trust_pickle: Annotated[
+        bool, typer.Option("--trust-pickle", help="Read a pickled file, which can run any code in it.")
+    ] = False
+    input_size: Annotated[
+        str | None,
+        typer.Option("--input-size", metavar="C,H,W", help="Override a foreign file's input size."),
+    ] = None
+    mean: Annotated[
+        str | None, typer.Option("--mean", metavar="R,G,B", help="Override its mean, for pixels in 0..1.")
+    ] = None
+    std: Annotated[
+        str | None, typer.Option("--std", metavar="R,G,B", help="Override its standard deviation.")
+    ] = None
+    interpolation: Annotated[
+        str | None,
+        typer.Option("--interpolation", help="Override its resizing: bilinear, bicubic, ..."),
+    ] = None
+
+
+class DataOptions(OptionGroup):
+    panel = "Data"
+    section = "data"
+
+    path: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="DATA",
+            help="Class folders, a flat folder (calibration only), digits, or torchvision:NAME. "
+            "A file that sepress trained knows its own.",
+        ),
+    ] = None
+    root: Annotated[
+        str | None, typer.Option("--data-root", metavar="DIR", help="Where a torchvision data set lies.")
+    ] = None
+    download: Annotated[bool, typer.Option("--download", help="Let torchvision fetch the data set.")] = False
+    classes: Annotated[
+        str | None,
+        typer.Option("--classes", metavar="FILE", help="Class names, one a line, in the order of outputs."),
+    ] = None
+    allow_corrupt: Annotated[
+        float | None,
+        typer.Option("--allow-corrupt", metavar="FRACTION", help="Of the images that may be unreadable."),
+    ] = None
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Images a step.")] = None
+    workers: Annotated[int | None, typer.Option("--workers", help="Processes that decode images.")] = None
+
+
+class CriterionOptions(OptionGroup):
+    panel = "Ranking"
+    section = "stage"
+
+    criterion: Annotated[
+        str | None,
+        typer.Option(
+            "--criterion",
+            help="contribution (default), mean-excitation, fisher, l2, group-taylor or random.",
+        ),
+    ] = None
+    calibration_images: Annotated[
+        int | None, typer.Option("--calibration-images", help="Images that excitation is measured on (512).")
+    ] = None
+
+
+class PlanOptions(OptionGroup):
+    panel = "Plan"
+    section = "stage"
+
+    ratio: Annotated[float | None, typer.Option("--ratio", help="Fraction of channels removed.")] = None
+    target_macs: Annotated[
+        float | None, typer.Option("--target-macs", help="Fraction of the multiply-adds to keep.")
+    ] = None
+    target_params: Annotated[
+        float | None, typer.Option("--target-params", help="Fraction of the parameters to keep.")
+    ] = None
+    scope: Annotated[str | None, typer.Option("--scope", help="per-group (default) or global.")] = None
+    round_to: Annotated[
+        int | None,
+        typer.Option("--round-to", help="Widths are multiples of this (8)."),
+    ] = None
+    min_width: Annotated[
+        int | None,
+        typer.Option("--min-width", help="No group gets narrower (8)."),
+    ] = None
+    gated_only: Annotated[
+        bool, typer.Option("--gated-only", help="Leave groups without an SE gate as they are.")
+    ] = False
+    frozen: Annotated[
+        list[str] | None,
+        typer.Option("--freeze", metavar="PATTERN", help="Groups to leave as they are, such as 'layer4.*'."),
+    ] = None
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--override", metavar="PATTERN=RATIO", help="A ratio of their own for these groups."),
+    ] = None
+
+
+class SurgeryOptions(OptionGroup):
+    panel = "Plan"
+    section = "stage"
+
+    plan: Annotated[
+        str | None, typer.Option("--plan", metavar="FILE", help="Apply this plan.json as it stands.")
+    ] = None
+    allow_vacuous: Annotated[
+        bool, typer.Option("--allow-vacuous", help="Accept a check that can't tell.")
+    ] = False
+
+
+class TrainingOptions(OptionGroup):
+    panel = "Training"
+    section = "stage"
+
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the training images.")] = None
+    lr: Annotated[float | None, typer.Option("--lr", help="Learning rate at its peak.")] = None
+    optimizer: Annotated[str | None, typer.Option("--optimizer", help="sgd or adamw.")] = None
+    weight_decay: Annotated[float | None, typer.Option("--weight-decay")] = None
+    label_smoothing: Annotated[float | None, typer.Option("--label-smoothing")] = None
+
+
+class DistillationOptions(OptionGroup):
+    panel = "Training"
+    section = "stage"
+
+    distill_weight: Annotated[
+        float | None, typer.Option("--distill-weight", help="Share of the base model's answers in the loss.")
+    ] = None
+    temperature: Annotated[float | None, typer.Option("--temperature", help="Of distillation.")] = None
+
+
+class EvaluationOptions(OptionGroup):
+    panel = "Evaluation"
+    section = "stage"
+
+    split: Annotated[str | None, typer.Option("--split", help="test (default), val or train.")] = None
+
+
+class ExportOptions(OptionGroup):
+    panel = "ONNX"
+    section = "stage"
+
+    opset: Annotated[int | None, typer.Option("--opset", help="ONNX operator set.")] = None
+    latency_rounds: Annotated[int | None, typer.Option("--latency-rounds", help="Timed rounds.")] = None
+
+
+class RunOptions(OptionGroup):
+    panel = "Run"
+    section = ""
+
+    seed: Annotated[int | None, typer.Option("--seed", help="Of everything random (0).")] = None
+    device: Annotated[str | None, typer.Option("--device", help="auto (default), cpu, cuda or mps.")] = None
+    threads: Annotated[int | None, typer.Option("--threads", help="CPU threads.")] = None
+
+
+Require = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--require",
+        metavar="CONSTRAINT",
+        help="Exit with 3 unless this holds, such as 'top1_drop<=0.01'.",
+        rich_help_panel="Run",
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="DIR", help="The run folder; by default a new one.", rich_help_panel="Run"),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout.", rich_help_panel="Run")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would be done; write no model.", rich_help_panel="Run")
+]
+
+
+def verb(function: Callable[..., None]) -> Callable[..., None]:
+    """Spell a function's option groups out into single parameters, which is what Typer reads."""
+    hints = {name: hint for name, hint in function.__annotations__.items() if name != "return"}
+    groups = {
+        n: hint for n, hint in hints.items() if isinstance(hint, type) and issubclass(hint, OptionGroup)
+    }
+    parameters = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        spelled = groups[name].options().items() if name in groups else [(name, hints[name])]
+        home = vars(groups[name]) if name in groups else {name: parameter.default}
+        for option, hint in spelled:
+            default = home.get(option, parameter.empty)
+            parameters.append(inspect.Parameter(option, _KEYWORD, default=default, annotation=hint))
+            if name in groups and isinstance(hint.__metadata__[0], typer.models.OptionInfo):
+                hint.__metadata__[0].rich_help_panel = groups[name].panel
+
+    @functools.wraps(function)
+    def run(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{option: values.pop(option) for option in group.options()})
+        function(**values)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
+
+
+# ---- options -> Recipe ----------------------------------------------------------------------------
+class Draft:
+    """A recipe in the making: plain values, and the option that gives each, for the errors."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {"stages": []}
+        self.marks: dict[tuple[str | int, ...], str] = {}
+
+    def add(self, *groups: Any) -> Self:
+        """Take what was typed of these groups."""
+        for group in groups:
+            path = (group.section,) if group.section else ()
+            self._take(group, path)
+        return self
+
+    def stage(self, kind: str, *groups: Any, **settings: Any) -> Self:
+        """Append a stage with what was typed of these groups."""
+        path = ("stages", len(self.values["stages"]), kind)
+        self.values["stages"].append({kind: dict(settings)})
+        for group in groups:
+            self._take(group, path)
+        return self
+
+    def _take(self, group: Any, path: tuple[str | int, ...]) -> None:
+        for name, flag in _flags(type(group)).items():
+            self.marks[*path, name] = flag
+            value = getattr(group, name)
+            if value is None or value is False or value == []:
+                continue  # not typed
+            place: Any = self.values
+            for key in path:
+                place = place.setdefault(key, {}) if isinstance(place, dict) else place[key]
+            place[name] = _pairs(value, flag) if name == "overrides" else value
+
+    def require(self, constraints: list[str] | None) -> Self:
+        self.values["require"] = constraints or []
+        self.marks["require",] = "--require"
+        return self
+
+    def recipe(self, purpose: str, *, images: bool = True) -> "Recipe":
+        """Validate; InputError names the options. `purpose` names the run, and so its folder."""
+        from sepress.recipe import build_recipe, check_inputs
+
+        source = self.values["model"]["source"]
+        name = purpose if Path(source).is_file() else f"{source.rpartition(':')[2]}-{purpose}"
+        self.values["name"] = re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("._-")[:100] or purpose
+        recipe = build_recipe(self.values, self.marks, remedy="Each option is explained by --help.")
+        check_inputs(recipe, images=images)
+        return recipe
+
+
+def _flags(group: type[OptionGroup]) -> dict[str, str]:
+    """Field -> the option as typed."""
+    options = {name: hint.__metadata__[0] for name, hint in group.options().items()}
+    return {
+        name: str(option.metavar if isinstance(option, typer.models.ArgumentInfo) else option.default)
+        for name, option in options.items()
+    }
+
+
+def _pairs(texts: Iterable[str], flag: str) -> dict[str, str]:
+    pairs = {}
+    for text in texts:
+        pattern, equals, ratio = text.rpartition("=")
+        if not equals or not pattern:
+            raise InputError(f"{flag} {text}: expected PATTERN=RATIO", remedy="For instance 'layer4.*=0.5'.")
+        pairs[pattern] = ratio
+    return pairs
+
+
+# ---- running and printing -------------------------------------------------------------------------
+def execute(recipe: "Recipe", *, out: Path | None, as_json: bool, dry_run: bool = False) -> None:
+    """Run the recipe, print its report (of a dry run its plan), and hold it to its constraints."""
+    with _stdout_kept():
+        from sepress import stages
+
+        outcome = stages.run_recipe(recipe, out=out, dry_run=dry_run)
+    if outcome.plan is not None:
+        _print_plan(outcome.plan, as_json=as_json)
+    elif outcome.report is not None:
+        _print_report(outcome.report, as_json=as_json)
+        _require(outcome.report)
+    console.log(f"written to {outcome.folder}")
+
+
+@contextlib.contextmanager
+def _stdout_kept() -> Iterator[None]:
+    """Keep stdout for results: what a library prints meanwhile, from Python or from C, goes to stderr."""
+    console.enable()
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _require(report: "Report") -> None:
+    from sepress.constraints import ConstraintResult, require
+
+    require(ConstraintResult(**row) for row in report.constraints)
+
+
+def _print_report(report: "Report", *, as_json: bool) -> None:
+    from sepress.report import render_report, report_to_json
+
+    if as_json:
+        _print_json(report_to_json(report, relative_to=None))
+    else:
+        _print(render_report(report))
+
+
+def _print_plan(plan: "PruningPlan", *, as_json: bool) -> None:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from sepress.plan import format_plan, plan_to_json
+
+    if as_json:
+        _print_json(plan_to_json(plan))
+        return
+    table = Table(box=None, pad_edge=False)
+    for header in ("group", "width", "planned", "removed", "judged by"):
+        table.add_column(header, justify="right" if header in ("width", "planned", "removed") else "left")
+    for row in format_plan(plan):
+        widths = (str(row.width_before), str(row.width_after), f"{row.removed:.0%}")
+        table.add_row(Text(row.group), *widths, Text(row.evidence or "-"))
+    macs = f"MACs {plan.macs_before:,} -> {plan.macs_after:,} ({plan.macs_after / plan.macs_before:.1%})"
+    params = f"params {plan.params_before:,} -> {plan.params_after:,}"
+    lines = [f"predicted: {macs}, {params} ({plan.params_after / plan.params_before:.1%})", *plan.notes]
+    _print(Group(table, *(Text(line) for line in lines)))
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    _write(json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def _print(renderable: "RenderableType") -> None:
+    from rich.console import Console
+
+    stdout = Console(highlight=False)
+    with stdout.capture() as captured:
+        stdout.print(renderable)
+    _write(captured.get())
+
+
+def _write(text: str) -> None:
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader had enough, as `head` does; our files are written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+# ---- verbs ----------------------------------------------------------------------------------------
+app = typer.Typer(
+    cls=Verbs,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a verb, with examples at the end of its help (each runs as a test)."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        epilog = "\n\n".join(["[bold]Examples[/bold]", *(text.replace("[", r"\[") for text in examples)])
+        app.command(function.__name__.rstrip("_"), epilog=epilog)(verb(function))
+        return function
+
+    return register
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from sepress import __version__
+
+        _write(f"sepress {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print it and exit.")
+    ] = False,
+) -> None:
+    """Make Squeeze-and-Excitation networks smaller and faster.
+
+    Prune by measured excitation, fine-tune, and export ONNX files that were checked against the model.
+    """
+
+
+@_command(
+    "sepress train sepress:se_resnet8 --data digits",
+    "sepress train sepress:se_resnet20 --data photos/ --epochs 60 --out runs/photos",
+)
+def train(
+    model: ModelOptions,
+    data: DataOptions,
+    training: TrainingOptions,
+    run: RunOptions,
+    require: Require = None,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a network from random weights and keep its best epoch."""
+    draft = Draft().add(model, data, run).stage("train", training).stage("evaluate")
+    execute(draft.require(require).recipe("trained"), out=out, as_json=as_json)
+
+
+@_command("sepress inspect timm:seresnet50", "sepress inspect model.pt --json")
+def inspect_(model: ModelOptions, as_json: AsJson = False) -> None:
+    """Show a model's gates and the groups of channels that go together; weights are never fetched."""
+    draft = Draft().add(model).stage("evaluate")
+    if not Path(model.source).is_file():
+        draft.values["model"]["random_weights"] = True
+    recipe = draft.recipe("inspected", images=False)
+    with _stdout_kept():
+        from sepress import stages
+
+        inspection = stages.inspect_model(recipe)
+    if as_json:
+        _print_json(inspection.to_json())
+    else:
+        _print(inspection.render())
+
+
+@_command("sepress rank model.pt", "sepress rank timm:seresnet50 --data photos/ --criterion mean-excitation")
+def rank(
+    model: ModelOptions,
+    data: DataOptions,
+    criterion: CriterionOptions,
+    run: RunOptions,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score every channel by what it does on calibration images."""
+    draft = Draft().add(model, data, run).stage("rank", criterion)
+    execute(draft.recipe("ranked"), out=out, as_json=as_json)
+
+
+@_command(
+    "sepress prune --ratio 0.3 model.pt",
+    "sepress prune model.pt --target-macs 0.5 --finetune-epochs 3 --require 'top1_drop<=0.01'",
+    "sepress prune weights.pth --arch timm:mobilenetv3_large_100 --data photos/ --ratio 0.3 --dry-run",
+    "sepress prune model.pt --plan model-pruned/plan.json --json",
+)
+def prune(
+    model: ModelOptions,
+    data: DataOptions,
+    criterion: CriterionOptions,
+    plan: PlanOptions,
+    surgery: SurgeryOptions,
+    run: RunOptions,
+    finetune_epochs: Annotated[
+        int, typer.Option("--finetune-epochs", min=0, help="Then train on.", rich_help_panel="Training")
+    ] = 0,
+    require: Require = None,
+    dry_run: DryRun = False,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Remove the channels that matter least; check, evaluate and export what is left."""
+    draft = Draft().add(model, data, run).stage("prune", criterion, plan, surgery)
+    draft.marks["stages", 0, "prune"] = "--ratio, --target-macs, --target-params, --plan"
+    if finetune_epochs:
+        draft.stage("finetune", epochs=finetune_epochs)
+    draft.stage("evaluate").stage("export")
+    execute(draft.require(require).recipe("pruned"), out=out, as_json=as_json, dry_run=dry_run)
+
+
+@_command("sepress finetune model-pruned/pruned.pt --epochs 3")
+def finetune(
+    model: ModelOptions,
+    data: DataOptions,
+    training: TrainingOptions,
+    distillation: DistillationOptions,
+    run: RunOptions,
+    require: Require = None,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a pruned model on, taught by the model it was pruned from."""
+    draft = Draft().add(model, data, run).stage("finetune", training, distillation).stage("evaluate")
+    execute(draft.require(require).recipe("tuned"), out=out, as_json=as_json)
+
+
+@_command("sepress evaluate model.pt", "sepress evaluate model.pt --data photos/ --split val --json")
+def evaluate(
+    model: ModelOptions,
+    data: DataOptions,
+    evaluation: EvaluationOptions,
+    run: RunOptions,
+    require: Require = None,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model's accuracy, multiply-adds and parameters."""
+    draft = Draft().add(model, data, run).stage("evaluate", evaluation)
+    execute(draft.require(require).recipe("evaluated"), out=out, as_json=as_json)
+
+
+@_command("sepress export model.pt", "sepress export timm:mobilenetv3_large_100 --data photos/ --out mobile")
+def export(
+    model: ModelOptions,
+    data: DataOptions,
+    onnx: ExportOptions,
+    run: RunOptions,
+    require: Require = None,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write ONNX that agrees with the model on real images, and time it."""
+    draft = Draft().add(model, data, run).stage("export", onnx)
+    execute(draft.require(require).recipe("exported"), out=out, as_json=as_json)
+
+
+Format = Annotated[str, typer.Option("--format", metavar="FORMAT", help="terminal, markdown or json.")]
+
+
+@_command("sepress report runs/quickstart", "sepress report runs/quickstart --format markdown")
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or its report.json.")],
+    format: Format = "terminal",
+) -> None:
+    """Show the report of an earlier run."""
+    from sepress.report import report_to_markdown
+
+    if format not in ("terminal", "markdown", "json"):
+        raise InputError(f"--format {format}: expected terminal, markdown or json")
+    found = _read_report(run / "report.json" if run.is_dir() else run)
+    if format == "markdown":
+        _write(report_to_markdown(found))
+    else:
+        _print_report(found, as_json=format == "json")
+
+
+def _read_report(path: Path) -> "Report":
+    """Read a report, its artifacts' paths made absolute."""
+    import json
+    from dataclasses import replace
+
+    from sepress.report import report_from_json
+
+    try:
+        found = report_from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} can't be read as a report: {error}", remedy="Pass a run folder, such as runs/quickstart."
+        ) from error
+    folder = path.parent.resolve()
+    artifacts = {role: name and str(folder / name) for role, name in found.artifacts.items()}
+    return replace(found, artifacts=artifacts)
+
+
+@_command(
+    "sepress compare model.pt --criteria contribution,l2,random --target-macs 0.5 --seeds 0,1",
+    "sepress compare model.pt --criteria fisher --ratio 0.3 --finetune-epochs 1 --out table",
+)
+def compare(
+    model: ModelOptions,
+    data: DataOptions,
+    plan: PlanOptions,
+    run: RunOptions,
+    criteria: Annotated[str, typer.Option("--criteria", metavar="NAME,...", rich_help_panel="Ranking")] = "",
+    seeds: Annotated[str, typer.Option("--seeds", metavar="N,...", rich_help_panel="Ranking")] = "0",
+    finetune_epochs: Annotated[
+        int, typer.Option("--finetune-epochs", min=0, help="Then train on.", rich_help_panel="Training")
+    ] = 0,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prune by several criteria to one size and compare what is left; goes on where it stopped."""
+    from sepress.recipe import CRITERIA
+
+    names = [name.strip() for name in criteria.split(",")] if criteria else list(CRITERIA)
+    for name in names:
+        draft = Draft().add(model, data, run).stage("prune", plan, criterion=name)
+        draft.marks["stages", 0, "prune"] = "--ratio, --target-macs, --target-params"
+        draft.marks["stages", 0, "prune", "criterion"] = "--criteria"
+        if finetune_epochs:
+            draft.stage("finetune", epochs=finetune_epochs)
+        recipe = draft.recipe("compared")  # the last one stands for all: they differ in the criterion only
+    if not all(seed.strip().isdecimal() for seed in seeds.split(",")):
+        raise InputError(f"--seeds {seeds}: expected whole numbers with commas between, such as 0,1,2")
+    with _stdout_kept():
+        from sepress import stages
+
+        table = stages.compare_model(
+            recipe, criteria=names, seeds=[int(seed) for seed in seeds.split(",")], out=out
+        )
+    if as_json:
+        _print_json(table.to_json())
+    else:
+        _write(table.to_markdown())
+
+
+@_command(
+    "sepress run quickstart",
+    "sepress run recipes/cifar10.yaml --set data.path=photos/ --set stages.prune.target_macs=0.4",
+    "sepress run recipe.yaml --dry-run",
+)
+def run(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a packaged name.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as stages.prune.ratio=0.4."),
+    ] = None,
+    dry_run: DryRun = False,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe; a folder of the same recipe is continued."""
+    from sepress.recipe import check_inputs, load_recipe
+
+    loaded = load_recipe(recipe, settings or ())
+    check_inputs(loaded)
+    if not dry_run:
+        execute(loaded, out=out, as_json=as_json)
+        return
+    with _stdout_kept():
+        from sepress import stages
+
+        lines = stages.describe_run(loaded, out=out)
+    if as_json:
+        _print_json({"schema": "sepress.dry-run/1", "recipe": loaded.model_dump(mode="json"), "steps": lines})
+    else:
+        _write("".join(f"{line}\n" for line in lines))
+
+
+def main() -> None:
+    """The console script."""
+    gc.disable()  # nothing that the command line is built from becomes garbage; a verb switches it on again
+    app(prog_name="sepress")
