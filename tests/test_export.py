@@ -26,6 +26,7 @@ from sepress.export import (
     check_single_runtime,
     compare_outputs,
     export_onnx,
+    judge_in_float64,
     measure_onnx_latency,
     named_outputs,
     open_session,
@@ -116,7 +117,15 @@ def test_a_timm_net_becomes_one_checked_file_that_names_nothing_of_this_machine(
     assert [p.name for p in path.parent.iterdir()] == ["model.onnx"]
     onnx.checker.check_model(path, full_check=True)
     content = path.read_bytes()
-    local = [Path.home(), Path.cwd(), tmp_path, *site.getsitepackages(), sys.prefix, "site-packages", ".py"]
+    local = [
+        Path.home(),
+        Path.cwd(),
+        tmp_path,
+        *site.getsitepackages(),
+        sys.prefix,
+        "site-packages",
+        '.py", line',
+    ]
     assert [name for name in map(str, local) if name.encode() in content and name != "/"] == []
     assert mobile.training
     check = check_onnx_parity(mobile, path, images(5, 3, 64, 64))
@@ -283,6 +292,26 @@ def test_parity_fails_on_the_file_of_another_net(net: nn.Module, small_file: Pat
     assert check.passed is False
     assert check.relative_error > 1e-4
     assert "logits" in check.reason
+
+
+class Cancelling(nn.Module):
+    """The identity, with float32's digits lost to a large number; exact in float64."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + 1e4) - 1e4
+
+
+def test_float64_tells_float32_noise_from_an_error():
+    net, x = Cancelling(), images(6, 4)
+    own, exact = {"logits": net(x).numpy()}, {"logits": x.double().numpy()}
+    noise = own["logits"] - exact["logits"]
+    as_near = {"logits": exact["logits"] - noise}
+    assert compare_outputs(own, as_near).passed is False
+    check = judge_in_float64(net, [(x,)], own, as_near)
+    assert check.passed
+    assert check.relative_error == pytest.approx(compare_outputs(exact, own).relative_error)
+    assert "float64" in check.reason
+    assert judge_in_float64(net, [(x,)], own, {"logits": exact["logits"] + 3 * noise}) is None
 
 
 def test_the_error_is_the_largest_difference_by_the_spread_over_images():
