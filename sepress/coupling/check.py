@@ -22,13 +22,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from sepress.coupling.groups import Coupling
+from sepress.coupling.slots import names
 from sepress.coupling.trace import LAYOUT_OPS, Inputs, Operation, evaluating, one_image
 from sepress.types import Check, Removed
 
 TOLERANCE = 1e-4  # of the outputs' spread; rounding of float32 stays well below
 VACUOUS_SPREAD = 1e-5  # of the outputs' magnitude: less is constant output
 LOCKSTEP_TOLERANCE = 1e-6  # of an operation's output, in float64
-NORMS = ("native_layer_norm", "native_group_norm", "native_batch_norm", "_native_batch_norm_legit")
+NORMS = names(
+    "native_layer_norm native_group_norm native_batch_norm _native_batch_norm_legit _weight_norm_interface"
+)
 
 
 def check_removal(
@@ -173,7 +176,7 @@ class _Replay:
     def groups_at(self, index: int, removed: Removed, what: str) -> dict[str, str]:
         """Return the groups with removed units at an operation, or else at the nearest ones."""
         operations = self.coupling._operations
-        names = [group.name for group in self.coupling.groups for _ in range(group.units)]
+        group_names = [group.name for group in self.coupling.groups for _ in range(group.units)]
         for reach in range(len(operations)):
             touched: dict[str, str] = {}
             for at in {max(0, index - reach), min(len(operations) - 1, index + reach)}:
@@ -184,7 +187,7 @@ class _Replay:
                     units = self.coupling._unit_of_slot[ids[self.gone[ids]]]
                     for unit in np.unique(units).tolist():
                         touched.setdefault(
-                            names[unit], f"masked and removed channels disagree at {place}: {what}"
+                            group_names[unit], f"masked and removed channels disagree at {place}: {what}"
                         )
             if touched:
                 return touched
@@ -287,7 +290,7 @@ class _Masked(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if at > 0 or operation.name not in NORMS:
                 leaves[at] = self._substituted(operation.outputs[at], leaves[at], recorded[at])
         if operation.name in NORMS:
-            leaves[0] = _normalised(operation.name, args, leaves[1], leaves[2])
+            leaves[0].copy_(_normalised(operation.name, args, *leaves[1:]))  # in the layout it had
         else:
             self._compare_inputs(operation, args)
         return tree_unflatten(leaves, structure)
@@ -325,9 +328,13 @@ class _Masked(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 raise _Diverged(self.index, "its result differs")
 
 
-def _normalised(name: str, args: Any, mean: Tensor, scale: Tensor) -> Tensor:
-    """Normalise by given statistics: (x - mean) * scale, then gain and bias."""
+def _normalised(name: str, args: Any, *statistics: Tensor) -> Tensor:
+    """Normalise by given statistics: (x - mean) * scale, gain and bias; or v / norm * g of a weight norm."""
     x: Tensor = args[0]
+    if name == "_weight_norm_interface":
+        gain: Tensor = args[1]
+        return x * (gain / statistics[0])
+    mean, scale = statistics[:2]
     if name == "native_group_norm":
         weight, bias, groups = args[1], args[2], args[6]
         blocks = x.reshape(x.size(0), groups, -1)

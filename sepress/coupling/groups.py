@@ -255,7 +255,7 @@ class _Builder:
             times = times_named[producers[0]]
             groups.append(
                 CouplingGroup(
-                    name=producers[0] + (f"#{times}" if times > 1 else ""),
+                    name=(producers[0] or "net") + (f"#{times}" if times > 1 else ""),
                     role=self._role(set(axes), labels),
                     width=width,
                     units=len(labels),
@@ -305,7 +305,7 @@ class _Builder:
             units = np.where(self.group_of[found.gated] == number, self.unit_of[found.gated], -1)
             made = found.gated[found.gated != NONE]
             gate = Gate(
-                name=found.module + (f"#{times}" if times > 1 else ""),
+                name=(found.module or "net") + (f"#{times}" if times > 1 else ""),
                 channels=found.channels,
                 activation=found.activation,
                 kind="scale-shift" if found.shifts else "scale",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import flop_registry
 
 from sepress.coupling.shadows import (
     along,
@@ -319,9 +320,10 @@ def fused_attention(t: Tracer, op: Op) -> None:
     output = op.outputs[0]
     if op.kwargs.get("scale") is None:
         t.freeze(distinct(query, key), "attention scaled by its head width")
-    scores = (*op.args[0].shape[:3], op.args[1].shape[2])
-    t.count_macs(int(np.prod(scores)), t.axis_ids(op.args[0], 3))
-    t.count_macs(int(np.prod(scores)), t.axis_ids(op.args[2], 3))
+    if op.func.overloadpacket in flop_registry:  # torch's counter leaves the CPU's kernel out, so we do too
+        scores = (*op.args[0].shape[:3], op.args[1].shape[2])
+        t.count_macs(int(np.prod(scores)), t.axis_ids(op.args[0], 3))
+        t.count_macs(int(np.prod(scores)), t.axis_ids(op.args[2], 3))
     if query.dim() != 4 or any(varies(ids, axis) for ids in (query, key, value) for axis in (1, 2)):
         t.freeze(distinct(query, key, value), "attention over channels")
         t.write(output, no_ids(output.shape))
@@ -593,6 +595,13 @@ def derive(t: Tracer, op: Op) -> None:
         t.derive(output, t.elements(main))
         for statistic in op.outputs[1:]:
             t.derive(statistic, t.elements(main)[0].flatten(1)[:, 0])
+        op.statistics = True
+    elif op.name == "_weight_norm_interface":  # v, g, dim -> v / |v| * g, and |v|
+        v, g, kept = op.args[0], op.args[1], op.arg(2, 0)
+        _same_slots(t, g, v)
+        t.derive(output, t.elements(v))
+        norms = t.elements(v).movedim(kept, 0).flatten(1)[:, 0]
+        t.derive(op.outputs[1], norms.reshape(op.outputs[1].shape))
         op.statistics = True
     elif op.name in REDUCTIONS:
         elements = t.elements(main)

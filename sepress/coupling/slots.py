@@ -158,6 +158,7 @@ class Facts:
     def __init__(self) -> None:
         self._left: list[Ids] = []
         self._right: list[Ids] = []
+        self._counts: list[tuple[Ids, Ids, int, int]] = []
         self.frozen: list[tuple[Ids, str]] = []
 
     def unify(self, a: Ids, b: Ids) -> None:
@@ -180,10 +181,42 @@ class Facts:
         if len(ids):
             self.frozen.append((ids, why))
 
+    def same_count(self, source: Ids, ids: Ids, *, parts: int = 1, times: int = 1) -> None:
+        """State that len(source) / parts * times must stay len(ids), whatever is removed."""
+        self._counts.append((np.asarray(source), np.asarray(ids), parts, times))
+
     def components(self, size: int) -> np.ndarray:
         """Return the component that each of `size` ids belongs to."""
+        labels = self._connected(size)
+        for source, ids, parts, times in self._counts:
+            if _counts_follow(labels[source], labels[ids], parts, times):
+                continue
+            self._unify_counts(source, ids, parts, times)
+            labels = self._connected(size)
+            if not _counts_follow(labels[source], labels[ids], parts, times):
+                self.freeze(np.concatenate([source, ids]), "a size computed in the code")
+        return labels
+
+    def _unify_counts(self, source: Ids, ids: Ids, parts: int, times: int) -> None:
+        """Hold two counts together by making them the same channels, position by position."""
+        if parts == 1 and not (np.unique(ids, return_counts=True)[1] % times).any():
+            self.unify(np.repeat(source, times), ids)  # flattened: every channel `times` times in a row
+        elif len(source) * times == len(ids) * parts and len(source) % parts == len(ids) % times == 0:
+            blocks = source.reshape(parts, -1)
+            self.align(np.concatenate([blocks, ids.reshape(times, -1)]))
+
+    def _connected(self, size: int) -> np.ndarray:
         left = np.concatenate([np.zeros(0, np.int64), *self._left])
         right = np.concatenate([np.zeros(0, np.int64), *self._right])
         edges = coo_matrix((np.ones(len(left), np.int8), (left, right)), shape=(size, size))
         labels: np.ndarray = connected_components(edges, directed=False)[1]
         return labels
+
+
+def _counts_follow(source: np.ndarray, ids: np.ndarray, parts: int, times: int) -> bool:
+    """Whether each channel counts on both sides in the same proportion, so that the sizes follow."""
+    source_counts = dict(zip(*np.unique(source, return_counts=True), strict=True))
+    counts = dict(zip(*np.unique(ids, return_counts=True), strict=True))
+    return source_counts.keys() == counts.keys() and all(
+        counts[label] * parts == source_counts[label] * times for label in counts
+    )

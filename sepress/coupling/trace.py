@@ -394,33 +394,15 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.freeze(ids, "a number of groups written in the code")
 
     def _claim(self, tag: TaggedInt, ids: np.ndarray) -> None:
-        if isinstance(tag.source, SizeSource):
-            self._follow_size(tag, tag.source.ids, ids)
-            return
-        times = tag.factor.numerator
-        if (
-            times > 1
-            and tag.factor.denominator == 1
-            and (np.unique(ids, return_counts=True)[1] % times).any()
-        ):
-            self.facts.align(ids.reshape(times, -1))
-        first, _ = self.claims.setdefault(tag.source, (ids, tag))
-        if len(first) == len(ids):
-            self.facts.unify(first, ids)  # one number for two widths: they go together
-        elif tag.factor == self.claims[tag.source][1].factor:
-            self.freeze(np.concatenate([first, ids]), "one stored number counts different channels")
-
-    def _follow_size(self, tag: TaggedInt, source: np.ndarray, ids: np.ndarray) -> None:
-        """A size read from one tensor shapes another: position by position they are one channel."""
         times, parts = tag.factor.numerator, tag.factor.denominator
-        if len(source) % parts or len(ids) % times or len(source) // parts != len(ids) // times:
-            self.freeze(np.concatenate([source, ids]), "a size computed in the code")
+        if isinstance(tag.source, SizeSource):
+            self.facts.same_count(tag.source.ids, ids, parts=parts, times=times)
             return
-        if (np.unique(ids, return_counts=True)[1] % times).any() or parts > 1:
-            for row in [*source.reshape(parts, -1), *ids.reshape(times, -1)]:
-                self.facts.unify(source.reshape(parts, -1)[0], row)
-        else:  # flattened: every channel `times` times in a row
-            self.facts.unify(np.repeat(source, times), ids)
+        if parts == 1 and (np.unique(ids, return_counts=True)[1] % times).any():
+            self.facts.align(ids.reshape(times, -1))
+        first, first_tag = self.claims.setdefault(tag.source, (ids, tag))
+        ratio = tag.factor / first_tag.factor  # one number for two sizes: their channels go together
+        self.facts.same_count(first, ids, parts=ratio.denominator, times=ratio.numerator)
 
     def tag_sizes(self, name: str, args: Sequence[Any], size: Any) -> Any:
         """Tag sizes read from an activation, so that other tensors shaped by them follow."""
