@@ -223,9 +223,8 @@ def rank(
 def weight_energy(weight: Tensor, reader: Reader) -> np.ndarray:
     """The summed squares of the weights that multiply each position of what a layer reads, (P,)."""
     w = weight.detach().double().cpu().square()
-    if (
-        reader.groups > 1 and not reader.transposed
-    ):  # (O, I/g, ...): block b of outputs reads block b of inputs
+    if reader.groups > 1 and not reader.transposed:
+        # (O, I/g, ...): block b of the outputs reads block b of the inputs
         blocks = w.reshape(reader.groups, w.shape[0] // reader.groups, w.shape[1], -1)
         energy = blocks.sum((1, 3)).flatten()
     else:
