@@ -113,7 +113,7 @@ def broadcast_shape(*shapes: tuple[int, ...]) -> tuple[int, ...]:
 # ---- reading ids --------------------------------------------------------------------------------
 def no_ids(shape: torch.Size | tuple[int, ...]) -> Tensor:
     """Return the shadow of data that no slot made."""
-    return torch.zeros(1, dtype=torch.int32).expand(shape)
+    return torch.zeros((), dtype=torch.int32).expand(shape)
 
 
 def varies(ids: Tensor, axis: int) -> bool:

@@ -118,7 +118,7 @@ class SlotTable:
             return None
         numbers = np.searchsorted(self._first_element, elements, "right") - 1
         number = int(numbers[0])
-        if (numbers != number).any() or number >= len(self.names) or number in self.clashing:
+        if (numbers != number).any() or number >= len(self.names):
             return None
         indices = self._indices(number, elements - self._first_element[number])
         moving = [dim for dim, index in enumerate(indices) if (index != index[0]).any()]

@@ -1,0 +1,180 @@
+"""Masked = removed holds on every structure, and fails wherever surgery goes wrong."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import nets
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sepress.coupling import Coupling, apply_removal, check_removal, trace
+from sepress.coupling.check import TOLERANCE
+
+
+def third(coupling: Coupling, seed: int = 0) -> dict[str, tuple[int, ...]]:
+    generator = np.random.default_rng(seed)
+    return {
+        g.name: tuple(sorted(generator.permutation(g.units)[: max(1, g.units // 3)].tolist()))
+        for g in coupling.prunable()
+    }
+
+
+@pytest.mark.parametrize("name", nets.NETS)
+def test_masked_and_removed_channels_give_equal_outputs(name: str) -> None:
+    net, inputs = nets.build(name)
+    coupling = trace(net, inputs)
+    removed = third(coupling)
+    pruned = copy.deepcopy(net)
+    apply_removal(pruned, coupling, removed)
+    check, culprits = check_removal(net, pruned, coupling, removed, inputs)
+    assert check.passed
+    assert check.relative_error is not None
+    assert check.relative_error <= TOLERANCE
+    assert culprits == {}
+
+
+def shifted(coupling: Coupling, group: int, member: int) -> Coupling:
+    """The same coupling with one slot list rolled by one."""
+    wrong = coupling.groups[group].members[member]
+    members = list(coupling.groups[group].members)
+    members[member] = replace(wrong, index=np.roll(wrong.index, 1))
+    groups = list(coupling.groups)
+    groups[group] = replace(groups[group], members=tuple(members))
+    return replace(coupling, groups=tuple(groups))
+
+
+def outputs(net: nn.Module, inputs: Tensor) -> Tensor:
+    leaves = torch.utils._pytree.tree_leaves(net(inputs))
+    return torch.cat(
+        [x.detach().double().flatten(1) if x.dim() > 1 else x.detach()[:, None] for x in leaves], 1
+    )
+
+
+def test_one_slot_list_shifted_by_one_fails_the_check() -> None:
+    """The negative control: every member of every group of every small net, one at a time.
+
+    A shift that leaves the pruned net's outputs as they were (the removed slots stay the same, or
+    they take no part in the outputs) is no error; all others must fail, and the culprits must name
+    a group of the net.
+    """
+    wrong = caught = 0
+    for name in nets.NETS:
+        net, inputs = nets.build(name)
+        coupling = trace(net, inputs)
+        removed = third(coupling)
+        right = copy.deepcopy(net)
+        apply_removal(right, coupling, removed)
+        expected = outputs(right, inputs)
+        for number, group in enumerate(coupling.groups):
+            for member in range(len(group.members)) if group.name in removed else ():
+                bad = copy.deepcopy(net)
+                apply_removal(bad, shifted(coupling, number, member), removed)
+                if torch.allclose(outputs(bad, inputs), expected, rtol=1e-3, atol=1e-6):
+                    continue
+                wrong += 1
+                check, culprits = check_removal(net, bad, coupling, removed, inputs)
+                caught += check.passed is False
+                assert culprits
+                assert set(culprits) <= set(removed)
+    assert wrong >= 150
+    assert caught == wrong
+
+
+def test_the_first_wrong_layer_names_its_groups() -> None:
+    net, inputs = nets.build("plain")
+    coupling = trace(net, inputs)
+    removed = {"a.0": (1,), "b.0": (2,)}
+    pruned = copy.deepcopy(net)
+    apply_removal(pruned, coupling, removed)
+    with torch.no_grad():
+        pruned.b[1].bias[0] += 1
+    check, culprits = check_removal(net, pruned, coupling, removed, inputs)
+    assert check.passed is False
+    assert list(culprits) == ["b.0"]
+    assert "b.1" in culprits["b.0"]
+
+
+def test_a_forward_that_breaks_names_the_groups_it_breaks_at() -> None:
+    net, inputs = nets.build("plain")
+    coupling = trace(net, inputs)
+    removed = {"a.0": (1,)}
+    pruned = copy.deepcopy(net)
+    check, culprits = check_removal(net, pruned, coupling, removed, inputs)  # nothing was removed
+    assert check.passed is False
+    assert list(culprits) == ["a.0"]
+    pruned.b[0].weight = nn.Parameter(pruned.b[0].weight[:, 1:].detach())
+    check, culprits = check_removal(net, pruned, coupling, removed, inputs)
+    assert check.relative_error is None
+    assert "fails" in str(check.reason)
+    assert list(culprits) == ["a.0"]
+
+
+def test_outputs_that_hardly_depend_on_the_image_make_the_check_vacuous() -> None:
+    net, inputs = nets.build("plain")
+    with torch.no_grad():
+        net.head.fc.weight.mul_(1e-9)
+    coupling = trace(net, inputs)
+    pruned = copy.deepcopy(net)
+    apply_removal(pruned, coupling, {"a.0": (1,)})
+    check, culprits = check_removal(net, pruned, coupling, {"a.0": (1,)}, inputs)
+    assert (check.passed, check.relative_error, culprits) == (None, None, {})
+    assert "same for every image" in str(check.reason)
+    with torch.no_grad():
+        pruned.head.fc.bias.add_(1)
+    assert check_removal(net, pruned, coupling, {"a.0": (1,)}, inputs)[0].passed is False
+
+
+def test_tiny_outputs_hide_nothing() -> None:
+    net, inputs = nets.build("plain")
+    with torch.no_grad():
+        net.head.fc.weight.mul_(1e-9)
+        net.head.fc.bias.zero_()
+    coupling = trace(net, inputs)
+    removed = {"a.0": (1,)}
+    pruned = copy.deepcopy(net)
+    apply_removal(pruned, coupling, removed)
+    assert check_removal(net, pruned, coupling, removed, inputs)[0].passed
+    with torch.no_grad():
+        pruned.b[0].weight.mul_(1.01)
+    assert check_removal(net, pruned, coupling, removed, inputs)[0].passed is False
+
+
+def test_one_image_is_enough() -> None:
+    net, inputs = nets.build("se residual")
+    coupling = trace(net, inputs)
+    removed = third(coupling)
+    pruned = copy.deepcopy(net)
+    apply_removal(pruned, coupling, removed)
+    assert check_removal(net, pruned, coupling, removed, inputs[:1])[0].passed
+
+
+def test_rounding_is_told_from_errors_in_float64() -> None:
+    net, inputs = nets.build("plain")
+    coupling = trace(net, inputs)
+    removed = third(coupling)
+    pruned = copy.deepcopy(net)
+    apply_removal(pruned, coupling, removed)
+    half, other = copy.deepcopy(net).bfloat16(), copy.deepcopy(pruned).bfloat16()
+    check, _ = check_removal(half, other, coupling, removed, inputs.bfloat16())
+    assert check.passed
+    assert check.relative_error is not None
+    assert check.relative_error < 1e-9
+
+
+def test_the_check_leaves_both_nets_as_they_were() -> None:
+    net, inputs = nets.build("standardised")
+    coupling = trace(net, inputs)
+    removed = third(coupling)
+    pruned = copy.deepcopy(net)
+    apply_removal(pruned, coupling, removed)
+    pruned.train()
+    before = [{key: value.clone() for key, value in n.state_dict().items()} for n in (net, pruned)]
+    check_removal(net, pruned, coupling, removed, inputs)
+    for state, model in zip(before, (net, pruned), strict=True):
+        assert all(torch.equal(value, model.state_dict()[key]) for key, value in state.items())
+    assert pruned.training
+    assert not net.training
