@@ -23,7 +23,7 @@ from sepress import console
 from sepress.calibrate import ExcitationStats, calibrate
 from sepress.coupling import Coupling, trace
 from sepress.criteria import get_criterion, rank
-from sepress.data import DataSource, make_loader
+from sepress.data import DataSource, Loader, make_loader
 from sepress.device import seeded
 from sepress.errors import InputError
 from sepress.files import write_json, write_text
@@ -213,7 +213,7 @@ def _statistics(
     return calibrate(net, coupling, loader, evidence=evidence, device=device, data_id=source.fingerprint)
 
 
-def _calibration(source: DataSource, comparison: Comparison, *, seed: int) -> torch.utils.data.DataLoader:
+def _calibration(source: DataSource, comparison: Comparison, *, seed: int) -> Loader:
     dataset = source.calibration(comparison.calibration_images, seed=seed)
     return make_loader(dataset, batch_size=comparison.batch_size)
 

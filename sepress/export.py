@@ -75,7 +75,7 @@ def export_onnx(
     with the exporter's first cause; then nothing is written.
 
     >>> import sepress, torch
-    >>> net = sepress.build("sepress:se_resnet8", num_classes=10)
+    >>> net = sepress.build("sepress:se_resnet8", in_chans=1)
     >>> sepress.export_onnx(net, "net.onnx", example=torch.randn(1, 1, 28, 28))
     """
     images = _as_tuple(example)

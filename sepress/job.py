@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from sepress import console
 from sepress.bundle import load_bundle, load_model, make_bundle, save_bundle
 from sepress.coupling import Coupling, trace
-from sepress.data import DataSource, DataSpec, make_loader, open_data
+from sepress.data import DataSource, DataSpec, Loader, make_loader, open_data
 from sepress.device import resolve_device
 from sepress.errors import InputError
 from sepress.measure import environment
@@ -86,7 +86,7 @@ class Job:
         stages = [note for record in self.records for note in record.facts.get("notes", ())]
         return tuple(dict.fromkeys((*source, *stages)))
 
-    def calibration(self, images: int) -> torch.utils.data.DataLoader[Any]:
+    def calibration(self, images: int) -> Loader:
         """A loader of calibration images (from train, evaluation transforms), the same each time."""
         dataset = self.source().calibration(images, seed=self.recipe.seed)
         return make_loader(dataset, batch_size=batch_size(self.recipe), workers=workers(self.recipe))
@@ -108,13 +108,13 @@ class Job:
         """Save a net as `LABEL.pt` and hold it; returns the file's name."""
         facts = dict(parent.lineage) | lineage | {"stage": label, "environment": environment()}
         bundle = make_bundle(net, parent.spec, lineage=facts)
-        save_bundle(bundle, self.folder.file(f"{label}.pt"))
+        save_bundle(bundle, self.folder.file(f"{label}.pt"), overwrite=True)  # a damaged one is made anew
         self.bundles[label] = bundle
         return f"{label}.pt"
 
 
 # ---- a recipe's settings as plain values ----------------------------------------------------------
-def load_base(recipe: Recipe, *, weights: str = "needed") -> Bundle:
+def load_base(recipe: Recipe, *, weights: Literal["needed", "none"] = "needed") -> Bundle:
     """The net that the recipe starts from; with weights='none' its structure only."""
     model = recipe.model
     return load_model(

@@ -124,21 +124,28 @@ def prune_channels(
     """
     if isinstance(how, PruningPlan):
         check_plan(how, coupling)
+    plan = how if isinstance(how, PruningPlan) else plan_pruning(ranking, coupling, policy=how)
     for _ in range(MAX_REPLANS):
-        plan = how if isinstance(how, PruningPlan) else plan_pruning(ranking, coupling, policy=how)
         pruned = copy.deepcopy(net)
         apply_removal(pruned, coupling, plan.removed)
         check, culprits = check_removal(net, pruned, coupling, plan.removed, images)
-        if check.passed is not False or not culprits or isinstance(how, PruningPlan):
+        if check.passed is not False:
             break
-        for name, why in culprits.items():
-            console.log(f"freezing {name}: {why}")
-        coupling = coupling.with_frozen(culprits)
-    if check.passed is False:
-        raise CheckError(
+        failed = CheckError(
             f"masked = removed does not hold: relative error {check.relative_error} ({check.reason})",
             remedy="No model was written. Freeze the groups named (--freeze PATTERN) and please report it.",
         )
+        if not culprits or isinstance(how, PruningPlan):
+            raise failed
+        for name, why in culprits.items():
+            console.log(f"freezing {name}: {why}")
+        coupling = coupling.with_frozen(culprits)
+        try:
+            plan = plan_pruning(ranking, coupling, policy=how)
+        except InputError:  # what is left can't meet the policy: the check is what went wrong
+            raise failed from None
+    else:
+        raise failed
     if check.passed is None and not allow_vacuous:
         raise CheckError(
             f"masked = removed can't be told: {check.reason}",
@@ -205,7 +212,7 @@ def prune(
     net does not equal the masked one.
 
     >>> import sepress, torch
-    >>> net = sepress.build("sepress:se_resnet8", num_classes=10)
+    >>> net = sepress.build("sepress:se_resnet8", in_chans=1)
     >>> result = sepress.prune(net, calibration=torch.randn(32, 1, 28, 28), ratio=0.3)
     >>> result.report.checks["masked_equals_removed"].passed
     True
@@ -246,7 +253,7 @@ def as_batches(calibration: Tensor | Iterable[Batch], batch_size: int) -> Iterab
                 f"the calibration tensor has {calibration.dim()} dimensions",
                 remedy="Expected (N, C, L), (N, C, H, W) or (N, C, D, H, W): a batch of inputs.",
             )
-        return list(calibration.split(batch_size))
+        return list(torch.split(calibration, batch_size))
     if isinstance(calibration, Iterator):
         raise InputError(
             "calibration is an iterator, which can be read only once",

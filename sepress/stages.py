@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from torch import nn
 from sepress import console
 from sepress.bundle import load_bundle, new_folder
 from sepress.calibrate import ExcitationStats
+from sepress.compare import Comparison, Table, compare
 from sepress.coupling import Coupling
 from sepress.data import open_data
-from sepress.device import seeded
+from sepress.device import resolve_device, seeded
 from sepress.errors import CheckError, InputError
 from sepress.export import check_onnx_parity, export_onnx, measure_onnx_latency
 from sepress.files import replacing, write_json, write_text
@@ -32,6 +33,7 @@ from sepress.job import (
     batch_size,
     data_spec,
     load_base,
+    open_source,
     overrides,
     policy_of,
     train_config,
@@ -197,7 +199,7 @@ def export_stage(job: Job, settings: Any) -> StageRecord:
     facts = {
         "onnx_parity": check,
         "bytes": {each: path.stat().st_size for each, path in paths.items()},
-        "latency": {each: figure.to_json() for each, figure in figures.items()},
+        "latency": figures,
     }
     roles = {"onnx": "model.onnx"} | ({} if label == "base" else {"base_onnx": "base.onnx"})
     return StageRecord("export", roles, facts)
@@ -256,6 +258,33 @@ def describe_run(recipe: Recipe, *, out: Path | None = None) -> list[str]:
 def inspect_model(recipe: Recipe) -> Inspection:
     """The structure of the recipe's model; weights of a name are never fetched."""
     return inspect_bundle(load_base(recipe, weights="none"))
+
+
+def compare_model(
+    recipe: Recipe, *, criteria: Sequence[str], seeds: Sequence[int], out: Path | None = None
+) -> Table:
+    """Compare criteria on the recipe's model, data, prune settings and (where it has one) fine-tune.
+
+    The default folder is the same each time, so that an interrupted comparison goes on.
+    """
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    bundle = load_base(recipe)
+    stage: dict[str, Any] = {stage.kind: stage for stage in recipe.stages}
+    settings = stage["prune"]
+    comparison = Comparison(
+        criteria=tuple(criteria),
+        seeds=tuple(seeds),
+        policy=policy_of(settings),
+        finetune=train_config(recipe, stage["finetune"]) if "finetune" in stage else None,
+        calibration_images=settings.calibration_images,
+        recalibration_images=settings.recalibration_images,
+        batch_size=batch_size(recipe),
+    )
+    folder = out or (Path(recipe.out) if recipe.out else _default_folder(recipe))
+    return compare(
+        bundle, open_source(recipe, bundle), comparison, out=folder, device=resolve_device(recipe.device)
+    )
 
 
 def _stage_list(recipe: Recipe) -> list[tuple[str, Any]]:

@@ -37,7 +37,7 @@ def build_report(job: Job) -> Report:
         },
         artifacts={role: None if path is None else str(path.resolve()) for role, path in artifacts.items()},
         environment=environment() | {"device": str(job.device), "seed": job.recipe.seed},
-        criterion=job.fact("criterion"),
+        criterion=job.fact("criterion") or "",  # where nothing was ranked
         recipe=job.recipe.model_dump(mode="json", exclude={"out"}),
         notes=job.notes,
         trained=bool(job.fact("trained")),

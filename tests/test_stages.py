@@ -1,0 +1,222 @@
+"""Recipes run in a folder: artifacts, reuse, refusals, and what a failed check leaves behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sepress import pruning, stages
+from sepress.bundle import load_bundle
+from sepress.errors import CheckError, InputError
+from sepress.recipe import Recipe
+from sepress.report import report_to_json
+from sepress.types import Check
+
+TRAIN = {"train": {"epochs": 1, "lr": 0.1, "warmup_epochs": 0.2, "ema_decay": None}}
+DIGITS = {"data": {"path": "digits"}, "device": "cpu"}
+WIDTH = {"source": "sepress:se_resnet8", "kwargs": {"in_chans": 1, "width": 8}}
+
+
+def recipe(*stage_list: Any, **fields: Any) -> Recipe:
+    return Recipe.model_validate({"name": "test", "stages": list(stage_list), **fields})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a net trained for one epoch on the embedded digits."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    stages.run_recipe(recipe(TRAIN, model=WIDTH, **DIGITS), out=folder)
+    return folder
+
+
+@pytest.fixture
+def model(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copy(trained / "base.pt", tmp_path / "model.pt"))
+
+
+PRUNE = {"prune": {"target_macs": 0.5, "round_to": 4, "min_width": 4, "calibration_images": 64}}
+
+
+def prune_recipe(model: Path, *more: Any, **fields: Any) -> Recipe:
+    return recipe(PRUNE, *more, model={"source": str(model)}, device="cpu", **fields)
+
+
+def test_a_file_that_sepress_trained_is_pruned_exported_and_reported_without_naming_its_data(
+    model: Path,
+) -> None:
+    outcome = stages.run_recipe(prune_recipe(model, "export"))
+    assert outcome.folder.parent == model.parent
+    assert outcome.folder != model.parent
+    names = {path.name for path in outcome.folder.iterdir()}
+    assert {"pruned.pt", "model.onnx", "plan.json", "ranking.json", "report.json", "report.md"} <= names
+    report = json.loads((outcome.folder / "report.json").read_text())
+    base, pruned = report["measurements"]
+    assert (base["label"], pruned["label"]) == ("base", "pruned")
+    assert pruned["macs"] <= 0.5 * base["macs"]
+    assert (base["split"], base["n"]) == ("test", 1000)
+    assert pruned["bytes"] == (outcome.folder / "model.onnx").stat().st_size < base["bytes"]
+    assert report["checks"]["masked_equals_removed"]["passed"] is True
+    assert report["checks"]["onnx_parity"]["passed"] is True
+    assert report["artifacts"]["model"] == "pruned.pt"
+    gated = [row for row in report["groups"] if row["role"] == "gated"]
+    assert gated
+    assert all(0 < row["mean_excitation"] < 1 for row in gated)
+    again = stages.run_recipe(prune_recipe(model))
+    assert again.folder != outcome.folder
+
+
+def test_the_saved_pruned_net_is_the_one_that_was_measured(model: Path) -> None:
+    outcome = stages.run_recipe(prune_recipe(model))
+    bundle = load_bundle(outcome.folder / "pruned.pt")
+    assert outcome.report is not None
+    assert sum(p.numel() for p in bundle.net.parameters()) == outcome.report.measurements[-1].params
+    assert bundle.lineage["plans"][0]["criterion"] == "contribution"
+    assert bundle.lineage["base"] == str(model.resolve())
+
+
+def test_finished_stages_are_reused_and_a_damaged_file_is_made_again(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for kind, stage in list(stages.STAGES.items()):
+        monkeypatch.setitem(
+            stages.STAGES, kind, lambda job, s, kind=kind, stage=stage: calls.append(kind) or stage(job, s)
+        )
+    what, out = prune_recipe(model), tmp_path / "run"
+    first = stages.run_recipe(what, out=out)
+    assert calls == ["load", "prune", "evaluate"]
+    calls.clear()
+    second = stages.run_recipe(what, out=out)
+    assert calls == []
+    assert second.report == first.report
+    (out / "pruned.pt").write_bytes(b"damaged")
+    third = stages.run_recipe(what, out=out)
+    assert calls == ["prune", "evaluate"]
+    assert third.report.measurements == first.report.measurements
+
+
+def test_a_folder_of_another_recipe_or_of_other_files_is_refused(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    stages.run_recipe(prune_recipe(model), out=out)
+    with pytest.raises(InputError, match="another recipe"):
+        stages.run_recipe(prune_recipe(model, seed=1), out=out)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="other files"):
+        stages.run_recipe(prune_recipe(model), out=other)
+    assert [path.name for path in other.iterdir()] == ["thesis.txt"]
+
+
+def test_another_model_file_under_the_same_name_is_not_taken_for_the_one_that_was_pruned(
+    model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    first = stages.run_recipe(prune_recipe(model), out=out)
+    shutil.copy(first.folder / "pruned.pt", model)
+    with pytest.raises(InputError, match="another recipe"):
+        stages.run_recipe(prune_recipe(model), out=out)
+
+
+def test_a_dry_run_writes_a_plan_and_no_model_and_the_plan_can_be_applied(
+    model: Path, tmp_path: Path
+) -> None:
+    dry = stages.run_recipe(prune_recipe(model), out=tmp_path / "dry", dry_run=True)
+    assert dry.plan is not None
+    assert not list(dry.folder.glob("*.pt"))
+    applied = recipe(
+        {"prune": {"plan": str(dry.folder / "plan.json"), "calibration_images": 64}},
+        model={"source": str(model)},
+        device="cpu",
+    )
+    outcome = stages.run_recipe(applied, out=tmp_path / "applied")
+    assert outcome.report.measurements[-1].macs == dry.plan.macs_after
+
+
+def test_a_failed_check_leaves_no_model(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = (Check(False, 0.5, reason="made to fail"), {})
+    monkeypatch.setattr(pruning, "check_removal", lambda *_: failed)
+    with pytest.raises(CheckError) as error:
+        stages.run_recipe(prune_recipe(model), out=tmp_path / "run")
+    assert error.value.exit_code == 4
+    assert not list((tmp_path / "run").glob("*.pt"))
+
+
+def test_a_failed_parity_leaves_neither_onnx_nor_a_model_under_its_final_name(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "check_onnx_parity", lambda *_: Check(False, 0.5))
+    with pytest.raises(CheckError):
+        stages.run_recipe(prune_recipe(model, "export"), out=tmp_path / "run")
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert not [name for name in left if name.endswith((".onnx", ".pt"))]
+    assert "pruned.pt.rejected" in left
+
+
+def test_constraints_stand_in_the_report_with_their_figures(model: Path) -> None:
+    outcome = stages.run_recipe(prune_recipe(model, require=["macs_ratio<=0.5", "macs_ratio<=0.1"]))
+    met, missed = outcome.report.constraints
+    assert met["passed"] is True
+    assert missed["passed"] is False
+    assert 0.1 < missed["actual"] <= 0.5
+
+
+def test_without_calibration_images_the_error_says_what_to_pass(tmp_path: Path) -> None:
+    foreign = recipe(
+        PRUNE,
+        model={"source": "timm:lcnet_050", "random_weights": True},
+        device="cpu",
+        out=str(tmp_path / "run"),
+    )
+    with pytest.raises(InputError, match="--data"):
+        stages.run_recipe(foreign)
+
+
+def test_fine_tuning_is_taught_by_the_base_and_selected_on_validation(model: Path, tmp_path: Path) -> None:
+    tune = {"finetune": {"epochs": 1, "lr": 0.02, "warmup_epochs": 0.1}}
+    outcome = stages.run_recipe(prune_recipe(model, tune), out=tmp_path / "run")
+    assert [m.label for m in outcome.report.measurements] == ["base", "pruned", "tuned"]
+    assert 0 <= outcome.report.selection["tuned"]["val_top1"] <= 1
+    tuned = load_bundle(outcome.folder / "tuned.pt")
+    pruned = load_bundle(outcome.folder / "pruned.pt")
+    assert tuned.layout.shapes == pruned.layout.shapes
+    assert any(
+        not torch.equal(a, b) for a, b in zip(tuned.net.parameters(), pruned.net.parameters(), strict=True)
+    )
+    alone = recipe(tune, model={"source": str(outcome.folder / "pruned.pt")}, device="cpu")
+    verb = stages.run_recipe(alone, out=tmp_path / "verb")
+    assert [m.label for m in verb.report.measurements] == ["base", "tuned"]
+
+
+def test_the_printed_report_has_absolute_paths_and_the_file_relative_ones(model: Path) -> None:
+    outcome = stages.run_recipe(prune_recipe(model))
+    printed = report_to_json(outcome.report)
+    assert Path(printed["artifacts"]["model"]).is_absolute()
+    written = json.loads((outcome.folder / "report.json").read_text())
+    assert written["artifacts"]["model"] == "pruned.pt"
+    assert printed["artifacts"]["onnx"] is None
+
+
+def test_an_unlabelled_folder_calibrates_and_its_accuracy_is_null_with_the_reason(
+    model: Path, tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for index in range(20):
+        pixels = (255 * torch.rand(28, 28, generator=generator)).to(torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{index}.png")
+    what = prune_recipe(model, data={"path": str(folder)})
+    report = stages.run_recipe(what, out=tmp_path / "run").report
+    assert report.measurements[0].top1 is None
+    assert report.measurements[0].reasons["top1"]
+    tune = {"finetune": {"epochs": 1}}
+    with pytest.raises(InputError, match="labels"):
+        stages.run_recipe(prune_recipe(model, tune, data={"path": str(folder)}), out=tmp_path / "tuned")
