@@ -21,7 +21,6 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
-    PlainValidator,
     SerializationInfo,
     ValidationError,
     field_serializer,
@@ -91,9 +90,8 @@ def _as_value_error() -> Iterator[None]:
 
 def _read_size(value: object) -> object:
     """A number for a square, H W, or C H W; text as an option gives it."""
-    parts = (
-        value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-    )
+    written = value.split(",") if isinstance(value, str) else value
+    parts = written if isinstance(written, list | tuple) else [written]
     sizes = [int(part) if isinstance(part, str) and part.strip().isdecimal() else part for part in parts]
     if not 1 <= len(sizes) <= 4 or not all(type(size) is int and size > 0 for size in sizes):
         raise ValueError(f"expected a number for a square, H W, or C H W, not {value!r}")
@@ -102,9 +100,9 @@ def _read_size(value: object) -> object:
 
 def _read_figures(value: object) -> object:
     """Figures per channel, or one for all; text as an option gives it."""
-    return (
-        value.split(",") if isinstance(value, str) else [value] if isinstance(value, int | float) else value
-    )
+    if isinstance(value, str):
+        return value.split(",")
+    return [value] if isinstance(value, int | float) else value
 
 
 class DataConfig(_Settings):
@@ -136,7 +134,7 @@ class ModelConfig(_Settings):
     num_classes: Count | None = None  # inferred from the weights, or the data
     random_weights: bool = False  # every table then says untrained
     trust_pickle: bool = False  # a pickle runs code when it is read
-    input_size: Annotated[int | tuple[int, ...], PlainValidator(_read_size)] | None = None
+    input_size: Annotated[int | tuple[int, ...], BeforeValidator(_read_size)] | None = None
     mean: Annotated[tuple[float, ...], BeforeValidator(_read_figures)] | None = None
     std: Annotated[tuple[Positive, ...], BeforeValidator(_read_figures)] | None = None
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None = None
@@ -464,7 +462,8 @@ def _load(path: Path, chain: tuple[Path, ...]) -> Document:
     if not isinstance(values, dict):
         raise InputError(f"{path}: a recipe is a mapping of keys to values", remedy=HELP)
     _spell_out(values)
-    values.setdefault("name", path.stem)  # never the name of what it extends: it names the run folder
+    values.setdefault("name", path.stem)
+    values.setdefault("out", None)  # neither is inherited: another recipe has another folder
     if "extends" not in values:
         return document
     parent, mark = values.pop("extends"), marks[("extends",)]

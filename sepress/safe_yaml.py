@@ -114,6 +114,7 @@ def _dangers(text: str) -> Iterator[tuple[str, Any]]:
 
 
 # Unlike YAML 1.1, PyYAML's own: no yes/no/on/off, no octal or base-60 numbers, no dates, no merge keys.
+# A number with leading zeros is text, as readers do not agree on it.
 _SCALARS = {
     None: [
         ("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$")),
@@ -121,7 +122,7 @@ _SCALARS = {
         ("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9]{0,30})$")),
         (
             "tag:yaml.org,2002:float",
-            re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$"),
+            re.compile(r"^[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9]*)(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$"),
         ),
         ("tag:yaml.org,2002:float", re.compile(r"^(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$")),
     ]
