@@ -212,14 +212,10 @@ def _grouped(t: Tracer, op: Op, ids: Tensor, made: np.ndarray | None, groups: in
 
 
 def _dense_input(t: Tracer, slots: np.ndarray | None, ids: Tensor, axis: int) -> None:
-    if slots is None:
-        if varying_axes(ids) and ids.size(axis) > 1:
-            t.freeze(distinct(ids), "read by a weight whose layout is unclear")
-    elif varies(ids, axis):
+    if slots is not None:
         tie(t, slots, ids, axis)
-    else:
-        t.freeze(slots, "reads data that no layer made")
-        t.freeze(distinct(ids), "one channel read as many")
+    elif ids.size(axis) > 1:
+        t.freeze(distinct(ids), "read by a weight whose layout is unclear")
 
 
 def _bias(t: Tracer, bias: Tensor | None, made: np.ndarray) -> None:
