@@ -295,9 +295,11 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def run(**values: Any) -> None:
-        for name, group in groups.items():
-            values[name] = group(**{option: values.pop(option) for option in group.options()})
-        function(**values)
+        made = {
+            name: group(**{option: values.pop(option) for option in group.options()})
+            for name, group in groups.items()
+        }
+        function(**values, **made)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -666,8 +668,7 @@ def _read_report(path: Path) -> "Report":
         raise InputError(
             f"{path} can't be read as a report: {error}", remedy="Pass a run folder, such as runs/quickstart."
         ) from error
-    folder = path.parent.resolve()
-    artifacts = {role: name and str(folder / name) for role, name in found.artifacts.items()}
+    artifacts = {role: name and str((path.parent / name).resolve()) for role, name in found.artifacts.items()}
     return replace(found, artifacts=artifacts)
 
 

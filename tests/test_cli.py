@@ -1,0 +1,389 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+import sepress
+from sepress import cli
+from sepress.errors import CheckError, ConstraintError, InputError, SepressError
+from sepress.recipe import STAGES, DataConfig, ModelConfig, PruneStage, Recipe
+from sepress.report import report_to_json
+from sepress.types import Check, Measurement, Policy, PruningPlan, Report
+
+BASE = Measurement(
+    "base", "test", 100, 0.98, 1.0, 0.1, 1000, 100, None, None, None, reasons={"bytes": "not exported"}
+)
+REPORT = Report(
+    name="model",
+    measurements=(BASE, replace(BASE, label="pruned", top1=0.9, macs=500)),
+    groups=(),
+    checks={"masked_equals_removed": Check(True, 1e-7), "onnx_parity": Check(None, None, "not exported")},
+    artifacts={"model": "model-pruned/pruned.pt", "onnx": None, "plan": None, "report": None},
+    environment={},
+    criterion="contribution",
+)
+PLAN = PruningPlan(
+    policy=Policy(ratio=0.5),
+    criterion="l2",
+    removed={"conv1": (0, 1)},
+    widths_before={"conv1": 4},
+    widths_after={"conv1": 2},
+    evidence={"conv1": "weights"},
+    macs_before=100,
+    macs_after=50,
+    params_before=10,
+    params_after=5,
+)
+
+
+@dataclass
+class Stages:
+    """Stands for sepress.stages: keeps what it is called with."""
+
+    recipes: list[Recipe] = field(default_factory=list)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    report: Report = REPORT
+    raises: BaseException | None = None
+
+    def run_recipe(self, recipe: Recipe, *, out: Path | None = None, dry_run: bool = False) -> Any:
+        self.recipes.append(recipe)
+        self.arguments = {"out": out, "dry_run": dry_run}
+        print("a library that talks")
+        os.write(1, b"C code that talks\n")
+        if self.raises is not None:
+            raise self.raises
+        return SimpleNamespace(
+            folder=Path("model-pruned"),
+            report=None if dry_run else self.report,
+            plan=PLAN if dry_run else None,
+        )
+
+    def describe_run(self, recipe: Recipe, *, out: Path | None = None) -> list[str]:
+        self.recipes.append(recipe)
+        return ["1. load", "2. evaluate"]
+
+    def inspect_model(self, recipe: Recipe) -> Any:
+        self.recipes.append(recipe)
+        return SimpleNamespace(to_json=lambda: {"gates": []}, render=lambda: "2 gates")
+
+    def compare_model(self, recipe: Recipe, **arguments: Any) -> Any:
+        self.recipes.append(recipe)
+        self.arguments = arguments
+        return SimpleNamespace(to_json=lambda: {"rows": []}, to_markdown=lambda: "| criterion |\n")
+
+
+@pytest.fixture
+def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stages:
+    """The pipeline replaced, in a folder that holds the files which the examples name."""
+    monkeypatch.chdir(tmp_path)
+    for name in (
+        "model.pt",
+        "weights.pth",
+        "model-pruned/plan.json",
+        "model-pruned/pruned.pt",
+        "photos/a.png",
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    recipe = "model: model.pt\nstages:\n  - prune: {ratio: 0.3}\n"
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    run = tmp_path / "runs/quickstart"
+    run.mkdir(parents=True)
+    (run / "report.json").write_text(json.dumps(report_to_json(REPORT, relative_to=run)))
+    fake = Stages()
+    module = ModuleType("sepress.stages")
+    for name in ("run_recipe", "describe_run", "inspect_model", "compare_model"):
+        setattr(module, name, getattr(fake, name))
+    monkeypatch.setitem(sys.modules, "sepress.stages", module)
+    monkeypatch.setattr(sepress, "stages", module, raising=False)
+    return fake
+
+
+def call(line: str) -> Any:
+    return CliRunner().invoke(cli.app, shlex.split(line), prog_name="sepress", terminal_width=200)
+
+
+def examples() -> list[str]:
+    found = []
+    for command in get_command(cli.app).commands.values():  # type: ignore[attr-defined]
+        lines = command.epilog.replace("\\[", "[").split("\n\n")
+        assert lines[0] == "[bold]Examples[/bold]"
+        assert all(line.startswith(f"sepress {command.name} ") for line in lines[1:])
+        found += lines[1:]
+    return found
+
+
+# ---- options -> Recipe ----------------------------------------------------------------------------
+@pytest.mark.parametrize("line", examples())
+def test_every_example_of_the_help_is_understood(line: str, stages: Stages) -> None:
+    done = call(line.removeprefix("sepress "))
+    assert done.exit_code == 0, done.output
+    assert done.stdout
+    assert stages.recipes or "report" in line
+
+
+def test_prune_is_a_recipe_of_stages(stages: Stages) -> None:
+    done = call(
+        "prune model.pt --ratio 0.3 --criterion l2 --scope global --round-to 4 --min-width 2 --gated-only "
+        "--freeze 'a.*' --freeze b --override 'c=0.1' --override 'd=e=0' --finetune-epochs 2 --data photos "
+        "--allow-corrupt 0.1 --arch timm:resnet18 --trust-pickle --input-size 3,64,32 --mean 0.5 --std 1,2,3 "
+        "--interpolation bicubic --device cpu --seed 3 --threads 2 --require 'top1_drop<=1%' --out there"
+    )
+    assert done.exit_code == 0, done.output
+    (recipe,) = stages.recipes
+    assert recipe.model == ModelConfig(
+        source="model.pt",
+        arch="timm:resnet18",
+        trust_pickle=True,
+        input_size=(3, 64, 32),
+        mean=(0.5,),
+        std=(1, 2, 3),
+        interpolation="bicubic",
+    )
+    assert recipe.data == DataConfig(path="photos", allow_corrupt=0.1)
+    assert recipe.stages[0] == PruneStage(
+        ratio=0.3,
+        criterion="l2",
+        scope="global",
+        round_to=4,
+        min_width=2,
+        gated_only=True,
+        frozen=("a.*", "b"),
+        overrides={"c": 0.1, "d=e": 0},
+    )
+    assert [stage.kind for stage in recipe.stages] == ["prune", "finetune", "evaluate", "export"]
+    assert recipe.stages[1].epochs == 2  # type: ignore[union-attr]
+    assert (recipe.name, recipe.seed, recipe.device, recipe.threads) == ("pruned", 3, "cpu", 2)
+    assert recipe.require == ("top1_drop<=1%",)
+    assert stages.arguments == {"out": Path("there"), "dry_run": False}
+
+
+def test_what_is_not_typed_is_the_recipes_default(stages: Stages) -> None:
+    assert call("prune model.pt --ratio 0.3").exit_code == 0
+    (recipe,) = stages.recipes
+    assert recipe.data is None
+    assert recipe.stages[0] == PruneStage(ratio=0.3)
+    assert [stage.kind for stage in recipe.stages] == ["prune", "evaluate", "export"]
+
+
+def test_a_run_on_a_name_is_named_after_it(stages: Stages) -> None:
+    assert call("rank timm:seresnet50 --data digits").exit_code == 0
+    assert stages.recipes[0].name == "seresnet50-ranked"
+
+
+def test_inspect_of_a_name_asks_for_no_weights_and_no_images(stages: Stages) -> None:
+    assert call("inspect sepress:se_resnet8").stdout == "2 gates\n"
+    assert stages.recipes[0].model.random_weights
+    assert json.loads(call("inspect model.pt --json").stdout) == {"gates": []}
+    assert not stages.recipes[1].model.random_weights
+
+
+def test_compare_takes_criteria_and_seeds(stages: Stages) -> None:
+    line = (
+        "compare model.pt --criteria l2,random --target-macs 0.5 --seeds 0,1 --finetune-epochs 2 --out there"
+    )
+    assert call(line).stdout == "| criterion |\n"
+    assert stages.arguments == {"criteria": ["l2", "random"], "seeds": [0, 1], "out": Path("there")}
+    assert [stage.kind for stage in stages.recipes[0].stages] == ["prune", "finetune"]
+
+
+def test_every_option_sets_a_key_that_recipes_have() -> None:
+    keys = {"": Recipe.model_fields, "model": ModelConfig.model_fields, "data": DataConfig.model_fields}
+    keys["stage"] = {key: value for stage in STAGES.values() for key, value in stage.model_fields.items()}
+    for group in cli.OptionGroup.__subclasses__():
+        assert group.options().keys() <= keys[group.section].keys(), group
+
+
+def test_defaults_in_the_help_are_the_recipes() -> None:
+    shown = 0
+    for group in cli.OptionGroup.__subclasses__():
+        homes = {"": [Recipe], "model": [ModelConfig], "data": [DataConfig], "stage": list(STAGES.values())}
+        for name, hint in group.options().items():
+            found = re.search(r"(\S+) \(default\)|\((\d+)\)", hint.__metadata__[0].help or "")
+            for home in homes[group.section]:
+                if found and name in home.model_fields:
+                    shown += 1
+                    assert (found[1] or found[2]) == str(home.model_fields[name].default), (home, name)
+    assert shown >= 6
+
+
+# ---- errors and exit codes ------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("prune gone.pt --ratio 0.3", "there is no model file gone.pt"),
+        ("prune seresnet50 --ratio 0.3", "timm:seresnet50"),
+        ("prune timm:seresnet50 --ratio 0.3", "Pass --data"),
+        ("prune model.pt", "--ratio, --target-macs, --target-params, --plan: exactly one of"),
+        ("prune model.pt --ratio 0.3 --target-macs 0.5", "given: ratio and target_macs"),
+        ("prune model.pt --ratio 3", "--ratio: should be less than 1, not 3.0"),
+        ("prune model.pt --ratio nan", "--ratio: should be a finite number"),
+        (
+            "prune model.pt --ratio 0.3 --round-to 0",
+            "--round-to: should be greater than or equal to 1, not 0",
+        ),
+        ("prune model.pt --ratio 0.3 --criterion magic", "--criterion: should be 'contribution'"),
+        ("prune model.pt --ratio 0.3 --scope all", "--scope: should be 'per-group' or 'global', not 'all'"),
+        ("prune model.pt --ratio 0.3 --override a", "--override a: expected PATTERN=RATIO"),
+        ("prune model.pt --ratio 0.3 --override a=b", "--override"),
+        ("prune model.pt --ratio 0.3 --require 'top1>2'", "--require: "),
+        ("prune model.pt --ratio 0.3 --data gone", "there is no image folder gone"),
+        (
+            "prune model.pt --ratio 0.3 --classes gone.txt --data photos",
+            "--classes: there is no file gone.txt",
+        ),
+        ("prune model.pt --ratio 0.3 --batch-size 8", "--data: this key is required"),
+        ("prune model.pt --ratio 0.3 --arch resnet18", "--arch: 'resnet18' alone does not say"),
+        ("prune model.pt --ratio 0.3 --input-size 3,x", "--input-size: expected a number"),
+        ("prune model.pt --ratio 0.3 --device tpu", "--device: "),
+        ("prune model.pt --plan gone.json", "there is no plan gone.json"),
+        ("prune model.pt --plan model-pruned/plan.json --ratio 0.3", "a plan says what is removed"),
+        ("train sepress:se_resnet8", "training needs data"),
+        ("train sepress:se_resnet8 --data digits --epochs 0", "--epochs: should be greater than"),
+        ("evaluate sepress:se_resnet8 --data digits", "has no pretrained weights"),
+        ("evaluate model.pt --split all", "--split: should be 'test', 'val' or 'train'"),
+        ("export model.pt --opset 3", "--opset: should be greater than or equal to 18"),
+        ("compare model.pt --criteria l2,magic --ratio 0.3", "--criteria: should be 'contribution'"),
+        ("compare model.pt --criteria l2 --ratio 0.3 --seeds a", "--seeds a: expected whole numbers"),
+        ("run gone.yaml", "there is no recipe 'gone.yaml'"),
+        ("run recipe.yaml --set stages.prune.ratio=2", "--set stages.prune.ratio: should be less than 1"),
+        ("report gone", "gone can't be read as a report"),
+        ("report recipe.yaml", "recipe.yaml can't be read as a report"),
+        ("report runs/quickstart --format html", "--format html: expected terminal, markdown or json"),
+    ],
+)
+def test_a_wrong_argument_is_explained_before_anything_runs(line: str, message: str, stages: Stages) -> None:
+    done = call(line)
+    assert done.exit_code == 2, done.output
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert stages.recipes == []
+
+
+@pytest.mark.parametrize(
+    "line", ["prune", "prune model.pt --nonsense", "prune model.pt --ratio x", "nonsense"]
+)
+def test_usage_errors_exit_with_2(line: str, stages: Stages) -> None:
+    done = call(line)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "Usage" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "message"),
+    [
+        (SepressError("a fault", remedy="do this"), 1, "error: a fault\ndo this\n"),
+        (InputError("your file"), 2, "error: your file\n"),
+        (ConstraintError("not met"), 3, "error: not met\n"),
+        (CheckError("[not] equal"), 4, "error: [not] equal\n"),
+        (ZeroDivisionError("by zero"), 1, "error: ZeroDivisionError: by zero\nSEPRESS_DEBUG=1"),
+        (KeyboardInterrupt(), 130, "error: interrupted"),
+    ],
+)
+@pytest.mark.parametrize("as_json", ["", "--json"])
+def test_the_exit_code_is_the_class_of_the_error(
+    raised: BaseException, code: int, message: str, as_json: str, stages: Stages
+) -> None:
+    stages.raises = raised
+    done = call(f"prune model.pt --ratio 0.3 {as_json}")
+    assert (done.exit_code, done.stdout) == (code, "")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_debugging_shows_the_traceback(stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEPRESS_DEBUG", "1")
+    stages.raises = ZeroDivisionError("by zero")
+    assert isinstance(call("prune model.pt --ratio 0.3").exception, ZeroDivisionError)
+
+
+def test_an_unmet_constraint_exits_with_3_after_the_report(stages: Stages) -> None:
+    row = {
+        "constraint": "top1_drop<=0.01",
+        "actual": 0.08,
+        "passed": False,
+        "reason": None,
+        "figures": "0.98, 0.9",
+    }
+    stages.report = replace(REPORT, constraints=(row,))
+    done = call("prune model.pt --ratio 0.3 --json")
+    assert done.exit_code == 3
+    assert json.loads(done.stdout)["schema"] == "sepress.report/1"
+    assert "top1_drop<=0.01: not met at 0.08" in done.stderr
+
+
+# ---- stdout ---------------------------------------------------------------------------------------
+def test_json_is_one_object_on_stdout_whatever_libraries_print(
+    stages: Stages, capfd: pytest.CaptureFixture[str]
+) -> None:
+    done = call("prune model.pt --ratio 0.3 --json")
+    assert done.exit_code == 0, done.output
+    value = json.loads(done.stdout)
+    assert [row["label"] for row in value["measurements"]] == ["base", "pruned"]
+    assert "a library that talks" in done.stderr
+    assert "written to model-pruned" in done.stderr
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err) == ("", "C code that talks\n")
+
+
+def test_a_person_gets_a_table(stages: Stages) -> None:
+    stdout = call("prune model.pt --ratio 0.3").stdout
+    assert "base" in stdout
+    assert "pruned" in stdout
+    assert "98.0" in stdout
+
+
+def test_a_dry_run_of_prune_shows_widths_predictions_and_evidence(stages: Stages) -> None:
+    done = call("prune model.pt --ratio 0.5 --dry-run")
+    assert stages.arguments["dry_run"]
+    assert re.search(r"conv1 +4 +2 +50% +weights", done.stdout)
+    assert "MACs 100 -> 50 (50.0%), params 10 -> 5 (50.0%)" in done.stdout
+    value = json.loads(call("prune model.pt --ratio 0.5 --dry-run --json").stdout)
+    assert value["groups"][0]["removed"] == [0, 1]
+
+
+def test_a_dry_run_of_a_recipe_says_what_would_run(stages: Stages) -> None:
+    assert call("run recipe.yaml --dry-run").stdout == "1. load\n2. evaluate\n"
+    value = json.loads(call("run recipe.yaml --dry-run --json --set seed=4").stdout)
+    assert value["steps"] == ["1. load", "2. evaluate"]
+    assert value["recipe"]["seed"] == 4
+    assert not stages.arguments
+
+
+def test_run_prints_the_same_object_as_prune(stages: Stages) -> None:
+    assert call("run recipe.yaml --json").stdout == call("prune model.pt --ratio 0.3 --json").stdout
+
+
+def test_a_report_is_shown_again_with_absolute_paths(stages: Stages) -> None:
+    value = json.loads(call("report runs/quickstart --format json").stdout)
+    assert value["artifacts"]["model"] == str(Path.cwd() / "model-pruned/pruned.pt")
+    assert call("report runs/quickstart/report.json --format markdown").stdout.startswith("#")
+
+
+def test_version_is_printed() -> None:
+    assert call("--version").stdout == f"sepress {sepress.__version__}\n"
+
+
+def test_the_module_runs_and_a_closed_pipe_is_quiet() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "sepress", "--version"], stdout=writer, stderr=subprocess.PIPE
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
