@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+import zipfile
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -107,6 +110,32 @@ def test_class_names_may_stand_in_a_file(write: Any) -> None:
     recipe = load_recipe(write(SMALL), ["data.classes=names.txt"])
     assert recipe.data is not None
     assert recipe.data.classes == ("cat", "sea lion")
+
+
+def test_the_wheel_holds_the_recipes_by_build_configuration(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), "."]
+    root = packaged_recipes().parent
+    subprocess.run(command, cwd=root, check=True, capture_output=True, timeout=120)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        metadata = archive.read(next(name for name in names if name.endswith("METADATA"))).decode()
+        held = {
+            name.removeprefix("sepress/_recipes/"): archive.read(name)
+            for name in names
+            if "_recipes/" in name
+        }
+    assert held == {path.name: path.read_bytes() for path in packaged_recipes().iterdir()}
+    assert "sepress/py.typed" in names
+    assert not any(name.startswith(("tests/", "recipes/")) for name in names)
+    for need in (
+        "timm",
+        "torchvision",
+        "onnxruntime-gpu",
+        "License-Expression: Apache-2.0",
+        "Requires-Python: >=3.11",
+    ):
+        assert need in metadata
 
 
 # ---- extends and --set ----------------------------------------------------------------------------
