@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from sepress.coupling.groups import Coupling
 from sepress.coupling.slots import names
+from sepress.coupling.tags import unchanged_attributes
 from sepress.coupling.trace import LAYOUT_OPS, Inputs, Operation, evaluating, one_image
 from sepress.types import Check, Removed
 
@@ -198,7 +199,7 @@ class _Replay:
 
 def _run(net: nn.Module, arguments: tuple[Tensor, ...], mode: _Record | _Masked) -> list[Tensor]:
     """Return the output tensors of one image, in float64."""
-    with _same_path(), mode:
+    with unchanged_attributes(net), _same_path(), mode:
         try:
             outputs = net(*arguments)
         except _Diverged:

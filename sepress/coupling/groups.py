@@ -392,12 +392,28 @@ def trace(net: nn.Module, inputs: Inputs) -> Coupling:
 
 
 def find_gates(net: nn.Module, inputs: Inputs) -> tuple[Gate, ...]:
-    """Return the network's Squeeze-and-Excitation gates, in the order in which they run."""
+    """Return the network's Squeeze-and-Excitation gates, in the order in which they run.
+
+    >>> import sepress, timm, torch
+    >>> net = timm.create_model("mobilenetv3_small_050")
+    >>> gates = sepress.find_gates(net, torch.randn(1, 3, 64, 64))
+    >>> len(gates), gates[0].name, gates[0].channels, gates[0].activation
+    (9, 'blocks.0.0.se', 16, 'hardsigmoid')
+    """
     return trace(net, inputs).gates
 
 
 def find_groups(net: nn.Module, inputs: Inputs) -> tuple[CouplingGroup, ...]:
-    """Return the sets of channels that can only be removed together, in module order."""
+    """Return the sets of channels that can only be removed together, in module order.
+
+    >>> import sepress, timm, torch
+    >>> net = timm.create_model("mobilenetv3_small_050")
+    >>> groups = sepress.find_groups(net, torch.randn(1, 3, 64, 64))
+    >>> [(group.name, group.width, group.role) for group in groups][:2]
+    [('conv_stem', 16, 'gated'), ('blocks.0.0.se.conv_reduce', 8, 'se_hidden')]
+    >>> groups[-1].frozen_because
+    'network output'
+    """
     return trace(net, inputs).groups
 
 

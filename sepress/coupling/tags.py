@@ -7,6 +7,7 @@ the size of an axis with ids tells which number must follow which channels.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,20 +75,38 @@ class TaggedInt(int):
 
 
 @contextmanager
-def tagged_attributes(net: nn.Module) -> Iterator[None]:
-    """Tag every module's ints, and afterwards give every module exactly the attributes it had."""
-    modules = list(net.named_modules())
-    before = [(module, dict(module.__dict__)) for _, module in modules]
+def unchanged_attributes(net: nn.Module) -> Iterator[None]:
+    """Give every module back exactly the attributes it had, the contents of its dicts and lists included.
+
+    Caches that a forward fills are empty again, so that every run takes the path of the first.
+    """
+    before = []
+    for module in net.modules():
+        held = dict(module.__dict__)
+        before.append(
+            (module, held, {key: copy.copy(v) for key, v in held.items() if isinstance(v, dict | list)})
+        )
     try:
-        for path, module in modules:
+        yield
+    finally:
+        for module, attributes, contents in before:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for key, content in contents.items():
+                container = attributes[key]
+                container.clear()
+                container.update(content) if isinstance(container, dict) else container.extend(content)
+
+
+@contextmanager
+def tagged_attributes(net: nn.Module) -> Iterator[None]:
+    """Tag every module's ints for a while."""
+    with unchanged_attributes(net):
+        for path, module in net.named_modules():
             for name, value in list(vars(module).items()):
                 if not name.startswith("_") and (tagged := _tag(value, path, name)) is not value:
                     module.__dict__[name] = tagged
         yield
-    finally:
-        for module, attributes in before:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
 
 
 def _tag(value: Any, module: str, attribute: str) -> Any:

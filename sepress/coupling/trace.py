@@ -356,12 +356,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tags = self.call.tags() if self.call else []
         complete = True
         for size, ids in sizes:
-            tag = next((tag for tag in tags if tag == size), None)
-            if tag is None:
+            if size in tags:
+                self._claim(tags.pop([int(tag) for tag in tags].index(size)), ids)
+            else:
                 complete = False
-                continue
-            tags = [other for other in tags if other is not tag]
-            self._claim(tag, ids)
         return complete
 
     def claim_shape(self, output: Tensor) -> None:
