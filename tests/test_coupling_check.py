@@ -178,3 +178,24 @@ def test_the_check_leaves_both_nets_as_they_were() -> None:
         assert all(torch.equal(value, model.state_dict()[key]) for key, value in state.items())
     assert pruned.training
     assert not net.training
+
+
+def test_a_cache_filled_by_the_first_forward_does_not_change_the_path_of_the_next() -> None:
+    class Cached(nets.Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift, self.seen = nn.Parameter(torch.ones(4)), {}
+
+        def forward(self, x: Tensor) -> Tensor:
+            if "shift" not in self.seen:
+                self.seen["shift"] = self.shift.cumsum(0)[1].reshape(1, 1, 1, 1)
+            return super().forward(x + self.seen["shift"])
+
+    net, inputs = nets.lively(Cached()), torch.randn(2, 3, 12, 12)
+    coupling = trace(net, inputs)
+    assert net.seen == {}
+    removed = third(coupling)
+    pruned = copy.deepcopy(net)
+    apply_removal(pruned, coupling, removed)
+    assert check_removal(net, pruned, coupling, removed, inputs)[0].passed
+    assert net.seen == {}

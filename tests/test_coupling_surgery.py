@@ -161,3 +161,18 @@ def test_a_group_frozen_later_keeps_its_place_and_says_why() -> None:
     assert frozen.count_macs({"b.0": (0,)}) == coupling.count_macs({"b.0": (0,)})
     with pytest.raises(InputError, match="no coupling group"):
         coupling.with_frozen({"nowhere": "because"})
+
+
+def test_windows_laid_into_the_batch_count_in_full() -> None:
+    class Windows(nets.Plain):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.a(x)
+            n, c, h, w = x.shape
+            x = x.view(n, c, 2, h // 2, 2, w // 2).permute(0, 2, 4, 1, 3, 5).reshape(n * 4, c, h // 2, w // 2)
+            return self.head(self.b(x)).view(n, 4, 5).mean(1)
+
+    net, inputs = nets.lively(Windows()), torch.randn(2, 3, 12, 12)
+    coupling = trace(net, inputs)
+    assert coupling.count_macs({}) == macs(net, inputs)
+    removed = every_other(coupling)
+    assert coupling.count_macs(removed) == macs(pruned_copy(net, coupling, removed), inputs)

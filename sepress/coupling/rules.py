@@ -146,7 +146,7 @@ def convolution(t: Tracer, op: Op) -> None:
     x, weight, bias, transposed, groups = op.args[0], op.args[1], op.args[2], op.args[6], op.args[8]
     ids, output = t.ids(x), op.outputs[0]
     out_axis, in_axis = (1, 0) if transposed else (0, 1)
-    positions = (x if transposed else output).shape[2:].numel()
+    positions = x.size(0) * (x if transposed else output).shape[2:].numel()  # windows may lie in the batch
     t.count_macs(positions, *(t.axis_ids(weight, axis) for axis in range(weight.dim())))
     depthwise = groups > 1 and groups == x.size(1) and weight.size(1) == 1
     if depthwise:
