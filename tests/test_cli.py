@@ -387,3 +387,29 @@ def test_the_module_runs_and_a_closed_pipe_is_quiet() -> None:
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+# ---- for real -------------------------------------------------------------------------------------
+def test_a_trained_file_is_pruned_by_two_short_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = call("train sepress:se_resnet8 --data digits --epochs 1 --device cpu --threads 1 --out trained")
+    assert done.exit_code == 0, done.output
+    done = call("prune --ratio 0.3 trained/base.pt --device cpu --threads 1 --json")
+    assert done.exit_code == 0, done.output
+    value = json.loads(done.stdout)
+    base, pruned = value["measurements"]
+    assert (base["label"], pruned["label"]) == ("base", "pruned")
+    assert (base["split"], base["n"]) == ("test", 1000)
+    assert pruned["macs"] < 0.7 * base["macs"]
+    assert value["checks"]["masked_equals_removed"]["passed"] is True
+    assert value["checks"]["onnx_parity"]["passed"] is True
+    assert {Path(path).parent for path in value["artifacts"].values() if path} == {
+        tmp_path / "trained/base-pruned"
+    }
+    assert all(Path(path).is_file() for path in value["artifacts"].values() if path)
+    assert call("prune --ratio 0.3 trained/base.pt --dry-run --device cpu").exit_code == 0
+    assert (tmp_path / "trained/base-pruned-2/plan.json").is_file()
+    again = json.loads(call("report trained/base-pruned --format json").stdout)
+    assert again == value
