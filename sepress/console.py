@@ -38,6 +38,4 @@ def track(items: Iterable[T], description: str, *, total: int | None = None) -> 
         return
     from rich.progress import track as rich_track
 
-    yield from rich_track(
-        items, description, total=total, console=_console, transient=True, disable=False
-    )
+    yield from rich_track(items, description, total=total, console=_console, transient=True, disable=False)

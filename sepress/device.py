@@ -26,7 +26,8 @@ def resolve_device(name: str = "auto") -> torch.device:
         return torch.device(next(d for d in ("cuda", "mps", "cpu") if available[d]))
     if not available[kind]:
         raise InputError(
-            f"device '{name}' is not available here", remedy="Use --device auto, or install a torch build for it."
+            f"device '{name}' is not available here",
+            remedy="Use --device auto, or install a torch build for it.",
         )
     return torch.device(name)
 

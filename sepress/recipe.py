@@ -32,6 +32,7 @@ from sepress.constraints import parse_constraint
 from sepress.errors import InputError
 from sepress.models import check_kwargs, parse_reference
 from sepress.safe_yaml import Document, Fault, KeyPath, Marks, dump_yaml, read_text, read_yaml
+from sepress.schedule import TrainConfig
 from sepress.types import JSON, Policy
 
 MAX_EXTENDS = 10  # files in one chain
@@ -141,19 +142,19 @@ class ModelConfig(_Settings):
 
 
 class _Training(_Settings):
-    """`TrainConfig`'s fields and defaults, whose reasons stand there (a test holds them equal)."""
+    """What a recipe may choose of `TrainConfig`, where the defaults and their reasons stand."""
 
     epochs: Count
     lr: Positive  # at the peak, for data.batch_size
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    momentum: Share = 0.9
-    weight_decay: NotNegative = 5e-4
-    warmup_epochs: NotNegative = 0.5
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    ema_decay: Share | None = 0.999
-    clip_norm: Positive | None = 5.0
-    amp: Literal["auto", "off"] = "auto"
-    channels_last: Literal["auto", "off"] = "auto"
+    optimizer: Literal["sgd", "adamw"] = TrainConfig.optimizer
+    momentum: Share = TrainConfig.momentum
+    weight_decay: NotNegative = TrainConfig.weight_decay
+    warmup_epochs: NotNegative = TrainConfig.warmup_epochs
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = TrainConfig.label_smoothing
+    ema_decay: Share | None = TrainConfig.ema_decay
+    clip_norm: Positive | None = TrainConfig.clip_norm
+    amp: Literal["auto", "off"] = TrainConfig.amp
+    channels_last: Literal["auto", "off"] = TrainConfig.channels_last
 
     @model_validator(mode="after")
     def _warm_up_ends(self) -> Self:
@@ -168,8 +169,8 @@ class TrainStage(_Training):
     """Train from random weights; the epoch with the best validation top-1 is kept."""
 
     kind: Literal["train"] = "train"
-    epochs: Count = 30
-    lr: Positive = 0.1
+    epochs: Count = TrainConfig.epochs
+    lr: Positive = TrainConfig.lr
 
 
 class FinetuneStage(_Training):
@@ -178,8 +179,8 @@ class FinetuneStage(_Training):
     kind: Literal["finetune"] = "finetune"
     epochs: Count = 3  # most of what pruning lost is back after these
     lr: Positive = 0.02  # the weights are near a solution: a fraction of training's
-    distill_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
-    temperature: Positive = 2.0
+    distill_weight: Annotated[float, Field(ge=0, le=1)] = TrainConfig.distill_weight
+    temperature: Positive = TrainConfig.temperature
 
 
 class RankStage(_Settings):

@@ -1,4 +1,4 @@
-"""The networks that people deploy, from their registries, through the whole chain: the issue's seven by name."""
+"""The networks that people deploy, from their registries, through the whole chain, seven by name."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_named_net_is_pruned_exactly_trains_saves_and_exports(reference: str, 
 
 
 def _spread_statistics(net: nn.Module) -> None:
-    """Give batch norms the statistics of some images, as training would: random nets hardly vary otherwise."""
+    """Give batch norms the statistics of some images, as training would: else outputs hardly vary."""
     norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     net.train()
     with torch.no_grad():

@@ -1,6 +1,5 @@
 """Labelled images + a net -> the net trained (or fine-tuned, with a teacher), and how accurate it is.
 
-config      what is chosen, and the learning rate it implies at each step
 loop        train: epochs, distillation, weight averaging, selection on validation
 checkpoint  a run's state as tensors and plain values, so that an interrupted run goes on bit-equal
 evaluate    accuracy and loss on a split
@@ -8,7 +7,7 @@ recalibrate batch-norm statistics on calibration images
 ranks       what several processes agree on
 """
 
-from sepress.train.config import TrainConfig, learning_rate
+from sepress.schedule import TrainConfig, learning_rate
 from sepress.train.evaluate import Accuracy, evaluate, logits_of
 from sepress.train.loop import EpochRow, TrainResult, train
 from sepress.train.recalibrate import recalibrate_batchnorm

@@ -21,6 +21,7 @@ from sepress import console
 from sepress.data import make_loader
 from sepress.device import seeded
 from sepress.errors import InputError
+from sepress.schedule import TrainConfig, learning_rate
 from sepress.train import ranks
 from sepress.train.checkpoint import (
     Tensors,
@@ -30,7 +31,6 @@ from sepress.train.checkpoint import (
     save_checkpoint,
     tensors_of,
 )
-from sepress.train.config import TrainConfig, learning_rate
 from sepress.train.evaluate import evaluate, evaluating, logits_of, output_names
 
 if TYPE_CHECKING:
