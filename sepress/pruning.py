@@ -36,6 +36,7 @@ from sepress.types import (
 
 CHECK_IMAGES = 8  # enough for a spread over images; the check runs them one by one
 RECALIBRATION_IMAGES = 256  # 18 % -> 65 % top-1 at half the MACs; more changes nothing
+JOINED_BATCH = 32  # what batches of single images are joined to for batch-norm statistics
 MAX_REPLANS = 8  # each freezes what a failed check named; nets met so far need none
 
 Batch = Any  # a tensor of inputs, or (inputs, targets)
@@ -262,14 +263,21 @@ def as_batches(calibration: Tensor | Iterable[Batch], batch_size: int) -> Iterab
     return calibration
 
 
-def limited(batches: Iterable[Batch], images: int) -> Iterator[Batch]:
-    """Yield batches until `images` inputs were seen; the last one is cut to fit."""
+def limited(batches: Iterable[Batch], images: int) -> Iterator[Tensor]:
+    """Yield the first `images` inputs, small batches of one shape joined: norms need more than one image."""
+    held: list[Tensor] = []
     left = images
     for batch in batches:
+        inputs = inputs_of(batch)[:left]
+        left -= len(inputs)
+        if held and (held[0].shape[1:] != inputs.shape[1:] or sum(map(len, held)) >= JOINED_BATCH):
+            yield torch.cat(held)
+            held = []
+        held.append(inputs)
         if left <= 0:
-            return
-        yield inputs_of(batch)[:left]
-        left -= len(inputs_of(batch))
+            break
+    if held:
+        yield torch.cat(held)
 
 
 def _api_report(

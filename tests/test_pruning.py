@@ -91,6 +91,21 @@ def test_batches_with_targets_serve_criteria_that_need_labels_and_batches_withou
         sepress.prune(small_net(), calibration=x, ratio=0.3, criterion="fisher")
 
 
+def test_batches_of_single_images_serve_as_well_as_one_large_batch() -> None:
+    x = images(40)
+    whole = sepress.prune(small_net(), calibration=x, ratio=0.3, batch_size=40)
+    single = sepress.prune(small_net(), calibration=list(x.split(1)), ratio=0.3)
+    assert single.plan == whole.plan
+    torch.testing.assert_close(single.net(x[:4]), whole.net(x[:4]), rtol=0.2, atol=0.2)
+
+
+def test_limited_batches_hold_exactly_the_first_images() -> None:
+    x = torch.arange(100).float().view(100, 1)
+    got = list(pruning.limited(list(x.split(3)), 70))
+    assert torch.equal(torch.cat(got), x[:70])
+    assert [len(batch) for batch in got] == [33, 33, 4]
+
+
 @pytest.mark.parametrize(
     ("calibration", "words"),
     [
