@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from sepress import baselines
 from sepress.calibrate import ExcitationStats, judged_positions, reader_key
 from sepress.coupling import Coupling
+from sepress.defaults import CRITERION
 from sepress.errors import InputError, SepressError
 from sepress.types import CouplingGroup, Gate, Ranking, Reader
 
-DEFAULT_CRITERION = "contribution"  # needs no labels, judges every group by one definition
 UNTRAINED_WIDTH = 0.05  # gates whose means all lie this close to 0.5 have hardly learned anything
 CONSTANT_DEVIATION = 1e-3  # a gate that varies less over images does not recalibrate
 
@@ -181,7 +181,7 @@ def rank(
     coupling: Coupling,
     stats: ExcitationStats | None,
     *,
-    criterion: str = DEFAULT_CRITERION,
+    criterion: str = CRITERION,
     net: nn.Module,
     seed: int = 0,
 ) -> Ranking:

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from sepress import __version__
+from sepress.defaults import LATENCY_ROUNDS, OPSET
 from sepress.errors import InputError, SepressError
 from sepress.files import replacing
 from sepress.measure import (
-    ROUNDS,
     TIME_BUDGET_S,
     WARMUP,
     Inputs,
@@ -37,7 +37,6 @@ from sepress.measure import (
 )
 from sepress.types import JSON, Check, ModelSpec
 
-OPSET = 18  # what torch's exporter writes natively; other versions are converted
 PARITY_TOLERANCE = 1e-4
 ROUNDING_LIMIT = 1e-2  # a net whose float32 is further than this from its float64 can't be judged by it
 VACUOUS_SPREAD = 1e-5  # of max|a|: below it float32 rounding hides any difference
@@ -441,7 +440,7 @@ def measure_onnx_latency(
     paths: Mapping[str, str | Path],
     example: Inputs,
     *,
-    rounds: int = ROUNDS,
+    rounds: int = LATENCY_ROUNDS,
     warmup: int = WARMUP,
     threads: int | None = 1,  # as measured for the figures in the README: few servers give one request more
     providers: str | Sequence[str] = "cpu",

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sepress.defaults import LATENCY_ROUNDS
 from sepress.types import JSON
 
 Inputs = Tensor | tuple[Tensor, ...]
 
-ROUNDS = 30  # the medians of 30 rounds agree within about 2 % on a quiet machine
 WARMUP = 5  # rounds that are not counted: allocators and caches settle
 MIN_ROUNDS = 3  # taken whatever the time budget says: fewer have no spread
 TIME_BUDGET_S = 60.0
@@ -91,7 +91,7 @@ class LatencyFigures:
 def measure_latency(
     runners: Mapping[str, Callable[[], object]],
     *,
-    rounds: int = ROUNDS,
+    rounds: int = LATENCY_ROUNDS,
     warmup: int = WARMUP,
     time_budget_s: float = TIME_BUDGET_S,
     clock: Callable[[], float] = time.perf_counter,

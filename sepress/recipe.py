@@ -28,6 +28,7 @@ from pydantic import (
     model_validator,
 )
 
+from sepress import defaults
 from sepress.constraints import parse_constraint
 from sepress.errors import InputError
 from sepress.models import check_kwargs, parse_reference
@@ -120,7 +121,7 @@ class DataConfig(_Settings):
         "auto"  # by what the images are: no flips for digits
     )
     download: bool = False  # nothing is fetched unasked
-    batch_size: Annotated[int, Field(ge=2)] = 128  # He et al. 2016 on CIFAR-10; the learning rates fit it
+    batch_size: Annotated[int, Field(ge=2)] = defaults.BATCH_SIZE
     workers: Annotated[int, Field(ge=0)] = 0  # small images decode faster than processes start
 
 
@@ -187,17 +188,17 @@ class RankStage(_Settings):
     """Score every channel."""
 
     kind: Literal["rank"] = "rank"
-    criterion: CriterionName = "contribution"  # needs no labels, judges gated and ungated groups alike
-    calibration_images: Count = 512  # scores settle with these
+    criterion: CriterionName = defaults.CRITERION
+    calibration_images: Count = defaults.CALIBRATION_IMAGES
 
 
 class PruneStage(_Settings):
     """Rank, plan, remove, check, re-estimate batch norm."""
 
     kind: Literal["prune"] = "prune"
-    criterion: CriterionName = "contribution"
-    calibration_images: Count = 512
-    recalibration_images: Count = 256  # more changes nothing
+    criterion: CriterionName = defaults.CRITERION
+    calibration_images: Count = defaults.CALIBRATION_IMAGES
+    recalibration_images: Count = defaults.RECALIBRATION_IMAGES
     ratio: Share | None = None  # of the prunable channels, removed
     target_macs: Share | None = None  # of the base's, kept
     target_params: Share | None = None  # of the base's, kept
@@ -238,9 +239,9 @@ class ExportStage(_Settings):
     """Write ONNX, hold it to the net on real images, and time it."""
 
     kind: Literal["export"] = "export"
-    opset: Annotated[int, Field(ge=18, le=23)] = 18  # the exporter's own; what older runtimes read
+    opset: Annotated[int, Field(ge=18, le=23)] = defaults.OPSET
     dynamic_batch: bool = True
-    latency_rounds: Count = 30  # interleaved with the base model
+    latency_rounds: Count = defaults.LATENCY_ROUNDS  # interleaved with the base model
 
 
 STAGES: Mapping[str, type[_Settings]] = {

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from sepress.defaults import BATCH_SIZE
 from sepress.errors import InputError
 
 
@@ -16,7 +17,7 @@ class TrainConfig:
 
     epochs: int = 30  # enough for a small net on small images; ImageNet takes 90 and more
     lr: float = 0.1  # the peak; SGD at batch 128 (He et al. 2016). A tenth of it fine-tunes; AdamW: 0.001
-    batch_size: int = 128  # of one process
+    batch_size: int = BATCH_SIZE  # of one process
     optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: float = 0.9  # of SGD, Nesterov's
     weight_decay: float = (

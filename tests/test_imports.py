@@ -13,8 +13,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "sepress"
 # fmt: off
 LAYERS = [
-    "errors", "types", "console", "files", "device", "safe_yaml", "constraints", "schedule", "models", "data",
-    "coupling",
+    "errors", "defaults", "types", "console", "files", "device", "safe_yaml", "constraints", "schedule",
+    "models", "data", "coupling",
     "gates", "baselines", "calibrate", "criteria", "plan", "train", "measure", "bundle", "export", "report",
     "pruning", "inspection", "compare", "recipe", "runfolder", "job", "summary", "stages", "cli",
 ]
@@ -22,8 +22,8 @@ HEAVY = {
     "torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "scipy", "numpy", "PIL", "mlxtend",
 }
 LIGHT = [
-    "errors", "types", "console", "files", "device", "safe_yaml", "constraints", "schedule", "recipe", "cli",
-    "__init__", "__main__",
+    "errors", "defaults", "types", "console", "files", "device", "safe_yaml", "constraints", "schedule",
+    "recipe", "cli", "__init__", "__main__",
 ]
 # fmt: on
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -362,10 +362,8 @@ def test_what_is_missing_is_said_before_anything_is_loaded(
 # ---- what stands in two places --------------------------------------------------------------------
 def test_the_criteria_are_the_known_ones() -> None:
     from sepress.criteria import CRITERIA as KNOWN
-    from sepress.criteria import DEFAULT_CRITERION
 
     assert set(CRITERIA) == set(KNOWN)
-    assert PruneStage(ratio=0.5).criterion == DEFAULT_CRITERION
 
 
 def test_training_defaults_are_those_of_the_training_loop() -> None:
