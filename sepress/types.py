@@ -254,6 +254,6 @@ class Report:
     constraints: tuple[Mapping[str, JSON], ...] = ()
     notes: tuple[str, ...] = ()
     trained: bool = True  # False: random weights, and every rendering says so
-    selection: Mapping[str, JSON] = field(
-        default_factory=dict
-    )  # label -> {"epoch", "val_top1"} chosen on val
+    selection: Mapping[str, JSON] = field(default_factory=dict)  # label -> {epoch, val_top1} chosen on val
+    data: Mapping[str, JSON] = field(default_factory=dict)  # DataSource.describe()
+    preprocessing: Mapping[str, JSON] = field(default_factory=dict)  # the base's, with its origin
