@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -37,7 +37,26 @@ def seeded(seed: int) -> Iterator[None]:
     """Run with torch's generators seeded, and leave the caller's random state as it was."""
     import torch
 
-    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=cuda):
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    devices = [torch.device("cuda", index) for index in range(count)]
+    if torch.backends.mps.is_available():
+        devices.append(torch.device("mps"))
+    with kept_random_state(devices):
         torch.manual_seed(seed)
         yield
+
+
+@contextmanager
+def kept_random_state(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Leave the random state of the CPU, and of these devices, as it was."""
+    import torch
+
+    devices = list(devices)
+    cuda = [device.index or 0 for device in devices if device.type == "cuda"]
+    mps = torch.mps.get_rng_state() if any(device.type == "mps" for device in devices) else None
+    with torch.random.fork_rng(devices=cuda):
+        try:
+            yield
+        finally:
+            if mps is not None:  # which fork_rng can't fork
+                torch.mps.set_rng_state(mps)
