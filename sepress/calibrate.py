@@ -21,6 +21,7 @@ from sepress import console
 from sepress.coupling import Coupling
 from sepress.errors import InputError
 from sepress.gates import Taps, mean_per_channel, rows_per_image, spread
+from sepress.modes import kept_modes
 from sepress.types import Gate, Reader
 
 EVIDENCE = ("excitation", "contribution", "fisher", "taylor")
@@ -361,18 +362,16 @@ def _parameters(net: nn.Module) -> dict[str, nn.Parameter]:
 @contextmanager
 def _measuring(net: nn.Module, *, trained: frozenset[str]) -> Iterator[None]:
     """Eval mode and gradients at the `trained` parameters alone; restored at the end."""
-    modes = {module: module.training for module in net.modules()}
     flags = {p: p.requires_grad for p in net.parameters()}
-    try:
-        net.eval()
-        for p in flags:
-            p.requires_grad_(False)
-        for name, p in _parameters(net).items():
-            if name in trained:
-                p.requires_grad_(True)
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        for p, flag in flags.items():
-            p.requires_grad_(flag)
+    with kept_modes(net):
+        try:
+            net.eval()
+            for p in flags:
+                p.requires_grad_(False)
+            for name, p in _parameters(net).items():
+                if name in trained:
+                    p.requires_grad_(True)
+            yield
+        finally:
+            for p, flag in flags.items():
+                p.requires_grad_(flag)

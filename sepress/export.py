@@ -32,9 +32,9 @@ from sepress.measure import (
     WARMUP,
     Inputs,
     cpu_model,
-    evaluating,
     measure_latency,
 )
+from sepress.modes import evaluating
 from sepress.types import JSON, Check, ModelSpec
 
 PARITY_TOLERANCE = 1e-4

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sepress.defaults import LATENCY_ROUNDS
+from sepress.modes import evaluating
 from sepress.types import JSON
 
 Inputs = Tensor | tuple[Tensor, ...]
@@ -31,19 +32,6 @@ NOISY_SPREAD = 0.3  # (p90 - p10) / median above which a difference of 10 % can'
 
 
 # ---- size and work of a net -----------------------------------------------------------------------
-@contextmanager
-def evaluating(net: nn.Module) -> Iterator[nn.Module]:
-    """Run with the net in eval mode and without gradients; each module's own mode is restored."""
-    modes = {module: module.training for module in net.modules()}
-    net.eval()
-    try:
-        with torch.no_grad():
-            yield net
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
 def count_macs(net: nn.Module, inputs: Inputs) -> int:
     """Count the multiply-accumulates of one image: convolutions and matrix products, as torch counts them.
 

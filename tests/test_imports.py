@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "sepress"
 # fmt: off
 LAYERS = [
     "errors", "defaults", "types", "console", "files", "device", "safe_yaml", "constraints", "schedule",
-    "models", "data", "coupling",
+    "modes", "digests", "models", "data", "coupling",
     "gates", "baselines", "calibrate", "criteria", "plan", "train", "measure", "bundle", "export", "report",
     "pruning", "inspection", "compare", "recipe", "runfolder", "job", "summary", "stages", "cli",
 ]

@@ -16,6 +16,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
+from sepress.digests import tensor_digest
 from sepress.errors import InputError
 from sepress.models import check_kwargs, check_preprocessing, parse_reference
 from sepress.types import JSON, AttributePatch, Layout, ModelSpec
@@ -95,13 +96,8 @@ def named_tensors(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the header and every tensor's bytes: a flipped bit anywhere is noticed."""
-    total = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        total.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        total.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()
+    """SHA-256 over the header and every tensor: a flipped bit anywhere is noticed."""
+    return hashlib.sha256(f"{text}\n{tensor_digest(tensors)}".encode()).hexdigest()
 
 
 def check_tensors(tensors: Mapping[str, Any], *, where: str) -> None:

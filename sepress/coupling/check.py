@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from sepress.coupling.groups import Coupling
 from sepress.coupling.slots import names
 from sepress.coupling.tags import unchanged_attributes
-from sepress.coupling.trace import LAYOUT_OPS, Inputs, Operation, evaluating, one_image
+from sepress.coupling.trace import LAYOUT_OPS, Inputs, Operation, one_image, undisturbed
 from sepress.types import Check, Removed
 
 TOLERANCE = 1e-4  # of the outputs' spread; rounding of float32 stays well below
@@ -44,7 +44,7 @@ def check_removal(
     by the spread max|a - mean over images of a|.
     """
     replay = _Replay(coupling, coupling.gone(removed))
-    with evaluating(base), evaluating(pruned):
+    with undisturbed(base), undisturbed(pruned):
         try:
             check = _outcome(replay.compare(base, pruned, images))
             if check.passed is False:

@@ -36,7 +36,9 @@ from sepress.coupling.shadows import (
 )
 from sepress.coupling.slots import Facts, SlotTable, names
 from sepress.coupling.tags import AttributeSource, SizeSource, TaggedInt, tagged_attributes
+from sepress.device import kept_random_state
 from sepress.errors import InputError
+from sepress.modes import evaluating
 from sepress.types import CallSite
 
 Inputs = Tensor | tuple[Tensor, ...]
@@ -474,21 +476,14 @@ def _data_dependent(module: str) -> InputError:
 
 
 @contextmanager
-def evaluating(net: nn.Module) -> Iterator[None]:
-    """Run in eval mode without gradients; modes, buffers and the random state come back as they were."""
-    modes = [(module, module.training) for module in net.modules()]
+def undisturbed(net: nn.Module) -> Iterator[None]:
+    """Evaluate the net; beside its modes, its buffers and the random state come back as they were."""
     buffers = [(buffer, buffer._version, buffer.clone()) for buffer in net.buffers()]
-    devices = sorted({p.device.index or 0 for p in net.parameters() if p.device.type == "cuda"})
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            net.eval()
-            yield
-            for buffer, version, copy in buffers:
-                if buffer._version != version:
-                    buffer.copy_(copy)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(net), kept_random_state({p.device for p in net.parameters()}):
+        yield
+        for buffer, version, copy in buffers:
+            if buffer._version != version:
+                buffer.copy_(copy)
 
 
 @contextmanager
@@ -520,7 +515,7 @@ def run_tracer(net: nn.Module, inputs: Inputs) -> Tracer:
     tracer = Tracer(net)
     for x in arguments:
         tracer.write(x, no_ids(x.shape))
-    with evaluating(net), _module_paths(net, tracer.modules), tagged_attributes(net):
+    with undisturbed(net), _module_paths(net, tracer.modules), tagged_attributes(net):
         try:
             with _Calls(tracer), tracer:
                 outputs = net(*arguments)
@@ -544,8 +539,8 @@ __all__ = [
     "Operation",
     "Product",
     "Tracer",
-    "evaluating",
     "function_name",
     "one_image",
     "run_tracer",
+    "undisturbed",
 ]

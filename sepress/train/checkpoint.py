@@ -6,7 +6,6 @@ epochs needs no random generator's.
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,15 +32,6 @@ def copy_into(net: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Overwrite the net's parameters and buffers, in place."""
     for name, t in tensors_of(net).items():
         t.copy_(tensors[name])
-
-
-def digest(net: nn.Module) -> str:
-    """SHA-256 over the names, shapes and values of the net's parameters and buffers."""
-    sha = hashlib.sha256()
-    for name, t in tensors_of(net).items():
-        sha.update(f"{name} {tuple(t.shape)} {t.dtype}".encode())
-        sha.update(t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()
 
 
 def save_checkpoint(path: Path, *, identity: Mapping[str, JSON], state: Mapping[str, Any]) -> None:

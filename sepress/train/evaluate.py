@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from sepress import console
 from sepress.data import make_loader
 from sepress.errors import InputError
+from sepress.modes import evaluating
 from sepress.train.ranks import check_world, total
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def evaluate(
     counts = torch.zeros(3, classes, dtype=torch.float64)  # by class: images, right, right among five
     loss_sum = torch.zeros(2, dtype=torch.float64)  # of the loss, and images whose loss is not finite
     net.to(device)
-    with evaluating(net), torch.no_grad():
+    with evaluating(net):
         for inputs, targets in console.track(loader, f"evaluating on {split}", total=len(loader)):
             known = targets >= 0
             logits = (
@@ -159,15 +159,3 @@ def _tensors_in(output: Any) -> Iterator[Tensor]:
         parts = [getattr(output, field.name) for field in fields(output)]
     for part in parts:
         yield from _tensors_in(part)
-
-
-@contextmanager
-def evaluating(net: nn.Module) -> Iterator[None]:
-    """Eval mode inside; each module's own mode again afterwards."""
-    modes = {module: module.training for module in net.modules()}
-    try:
-        net.eval()
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

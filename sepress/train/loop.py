@@ -20,18 +20,19 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from sepress import console
 from sepress.data import make_loader
 from sepress.device import seeded
+from sepress.digests import tensor_digest
 from sepress.errors import InputError
+from sepress.modes import kept_modes
 from sepress.schedule import TrainConfig, learning_rate
 from sepress.train import ranks
 from sepress.train.checkpoint import (
     Tensors,
     copy_into,
-    digest,
     load_checkpoint,
     save_checkpoint,
     tensors_of,
 )
-from sepress.train.evaluate import evaluate, evaluating, logits_of, output_names
+from sepress.train.evaluate import evaluate, logits_of, output_names
 
 if TYPE_CHECKING:
     from sepress.data import DataSource
@@ -99,7 +100,8 @@ def train(
             if config.channels_last == "auto" and device.type in ("cpu", "cuda"):
                 stack.enter_context(_channels_last(module))
         if teacher is not None:
-            stack.enter_context(evaluating(teacher))
+            stack.enter_context(kept_modes(teacher))
+            teacher.eval()
         stack.enter_context(_restored(net))
         run = _Run(net, source, config, device, teacher, rank, world_size)
         if checkpoint is not None:
@@ -176,8 +178,8 @@ class _Run:
             "augment": self.source.spec.augment,
             "classes": list(output_names(self.source)),
             "preprocessing": dataclasses.asdict(self.source.preprocessing),
-            "first weights": digest(self.net),
-            "teacher": None if self.teacher is None else digest(self.teacher),
+            "first weights": tensor_digest(tensors_of(self.net)),
+            "teacher": None if self.teacher is None else tensor_digest(tensors_of(self.teacher)),
             "device": self.device.type,
             "processes": self.world_size,
         }
@@ -426,7 +428,7 @@ def _channels_last(net: nn.Module) -> Iterator[None]:
 @contextmanager
 def _restored(net: nn.Module) -> Iterator[None]:
     """Afterwards each module has its own mode again, and no gradients are left."""
-    with evaluating(net):
+    with kept_modes(net):
         try:
             yield
         finally:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sepress.errors import InputError
-from sepress.train.evaluate import evaluating
+from sepress.modes import evaluating
 
 
 def recalibrate_batchnorm(net: nn.Module, batches: Iterable[Any], *, device: torch.device) -> int:
@@ -28,7 +28,7 @@ def recalibrate_batchnorm(net: nn.Module, batches: Iterable[Any], *, device: tor
         return 0
     net.to(device)
     seen = 0
-    with evaluating(net), _averaging(norms), torch.no_grad():
+    with evaluating(net), _averaging(norms):
         for batch in batches:
             inputs: Tensor = batch[0] if isinstance(batch, list | tuple) else batch
             if len(inputs) == 1:
