@@ -115,13 +115,14 @@ def _latency_ratio(evidence: Evidence) -> Reading:
     return _ratio("latency_ms")(evidence)
 
 
-def _change(name: str, sign: int) -> Callable[[Evidence], Reading]:
-    """How far the last net fell below the base (sign -1) or rose above it (1), on the same images."""
+def _change(name: str, way: Literal["drop", "rise"]) -> Callable[[Evidence], Reading]:
+    """How far the last net fell below the base or rose above it, on the same images."""
 
     def compute(evidence: Evidence) -> Reading:
         base, final = _same_images(evidence)
         before, after = _field(base, name), _field(final, name)
-        return Reading(sign * _difference(after, before), _two(base, before, final, after))
+        change = _difference(before, after) if way == "drop" else _difference(after, before)
+        return Reading(change, _two(base, before, final, after))
 
     return compute
 
@@ -168,10 +169,10 @@ def _difference(a: float, b: float) -> float:
 
 
 METRICS: dict[str, Metric] = {
-    "top1_drop": Metric("base top-1 minus final top-1", _change("top1", -1), "accuracy"),
-    "top5_drop": Metric("base top-5 minus final top-5", _change("top5", -1), "accuracy"),
+    "top1_drop": Metric("base top-1 minus final top-1", _change("top1", "drop"), "accuracy"),
+    "top5_drop": Metric("base top-5 minus final top-5", _change("top5", "drop"), "accuracy"),
     "worst_class_drop": Metric("largest top-1 drop of a single class", _worst_class_drop, "accuracy"),
-    "loss_rise": Metric("final loss minus base loss", _change("loss", 1), "number"),
+    "loss_rise": Metric("final loss minus base loss", _change("loss", "rise"), "number"),
     "top1": Metric("final top-1", _final("top1"), "accuracy"),
     "top5": Metric("final top-5", _final("top5"), "accuracy"),
     "macs_ratio": Metric("final MACs over base MACs", _ratio("macs"), "share"),

@@ -204,6 +204,12 @@ def test_a_gain_is_a_negative_drop() -> None:
     assert evaluate(parse_constraint("top1_drop<=0"), (BASE, better)).actual == -0.005
 
 
+@pytest.mark.parametrize("metric", ["top1_drop", "loss_rise", "worst_class_drop"])
+def test_no_change_is_a_zero_without_a_sign(metric: str) -> None:
+    same = replace(BASE, label="tuned")
+    assert f"{metric}<=0: met at 0 (" in str(evaluate(parse_constraint(f"{metric}<=0"), (BASE, same)))
+
+
 @pytest.mark.parametrize(
     ("text", "measurements", "reason"),
     [
