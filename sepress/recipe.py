@@ -9,8 +9,11 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -22,9 +25,11 @@ from pydantic import (
     Field,
     JsonValue,
     SerializationInfo,
+    SerializerFunctionWrapHandler,
     ValidationError,
     field_serializer,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -110,7 +115,8 @@ def _read_figures(value: object) -> object:
 class DataConfig(_Settings):
     """Images: their source, how they are split, and how they are fed."""
 
-    path: Annotated[str, Field(min_length=1)]  # 'digits', 'torchvision:NAME', or a folder
+    # 'digits', 'torchvision:NAME', or a folder; None: what the model file was trained on, read as set here
+    path: Annotated[str, Field(min_length=1)] | None = None
     root: str | None = None  # where a torchvision data set lies
     classes: Annotated[tuple[str, ...] | None, BeforeValidator(_read_classes)] = None  # in output order
     val_fraction: Annotated[float, Field(gt=0, lt=0.9)] = 0.1  # cut from train where there is no val split
@@ -123,6 +129,13 @@ class DataConfig(_Settings):
     download: bool = False  # nothing is fetched unasked
     batch_size: Annotated[int, Field(ge=2)] = defaults.BATCH_SIZE
     workers: Annotated[int, Field(ge=0)] = 0  # small images decode faster than processes start
+
+    @model_serializer(mode="wrap")
+    def _a_path_brings_its_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, JSON]:
+        """Without one, leave the defaults out: they would hide what the model file says."""
+        values: dict[str, JSON] = dump(self)
+        given = self.model_fields_set if self.path is None else values
+        return {name: value for name, value in values.items() if name in given}
 
 
 class ModelConfig(_Settings):
@@ -218,14 +231,25 @@ class PruneStage(_Settings):
         targets = [
             name for name in ("ratio", "target_macs", "target_params") if getattr(self, name) is not None
         ]
-        if self.plan is not None and (targets or self.overrides or self.frozen or self.gated_only):
-            raise ValueError(
-                "a plan says what is removed: it takes no target, override, frozen or gated_only"
-            )
         if self.plan is None and len(targets) != 1:
             given = " and ".join(targets) if targets else "none"
             raise ValueError(f"exactly one of ratio, target_macs and target_params is needed, given: {given}")
+        if self.plan is not None:
+            idle = [name for name in _PLANNING if name in self.model_fields_set]
+            idle = [name for name in idle if getattr(self, name) is not None]  # null takes a target back
+            if idle:
+                raise ValueError(f"a plan says what is removed: it takes no {', '.join(idle)}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _a_plan_stands_alone(self, dump: SerializerFunctionWrapHandler) -> dict[str, JSON]:
+        """Leave out the defaults that a given plan makes void, so that what is written can be read."""
+        values: dict[str, JSON] = dump(self)
+        void = () if self.plan is None else _PLANNING
+        return {name: value for name, value in values.items() if name not in void}
+
+
+_PLANNING = ("criterion", *(field.name for field in fields(Policy)))  # read while a plan is made only
 
 
 class EvaluateStage(_Settings):
@@ -242,6 +266,7 @@ class ExportStage(_Settings):
     opset: Annotated[int, Field(ge=18, le=23)] = defaults.OPSET
     dynamic_batch: bool = True
     latency_rounds: Count = defaults.LATENCY_ROUNDS  # interleaved with the base model
+    allow_vacuous: bool = False  # accept a check that can't tell
 
 
 STAGES: Mapping[str, type[_Settings]] = {
@@ -252,6 +277,7 @@ STAGES: Mapping[str, type[_Settings]] = {
     "evaluate": EvaluateStage,
     "export": ExportStage,
 }
+_PLACES = {"train": 0, "rank": 1, "prune": 2, "finetune": 3, "evaluate": 4, "export": 4}  # in a run
 
 
 def _read_stage(value: object) -> object:
@@ -295,16 +321,25 @@ class Recipe(_Settings):
     @field_validator("stages")
     @classmethod
     def _order(cls, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+        """Each stage once, in the one order in which a net is made and then looked at."""
         if not stages:
             raise ValueError(f"a run needs a stage; known: {', '.join(STAGES)}")
-        if any(stage.kind == "train" for stage in stages[1:]):
-            raise ValueError("'train' starts from random weights, so it is the first stage or none")
+        kinds: list[str] = [stage.kind for stage in stages]
+        for kind in STAGES:
+            if kinds.count(kind) > 1:
+                raise ValueError(f"'{kind}' stands twice; a second round is a run on the first one's model")
+        for before, after in pairwise(kinds):
+            if _PLACES[before] > _PLACES[after]:
+                raise ValueError(
+                    f"'{after}' can't follow '{before}'; the order is train, rank, prune, finetune, "
+                    "then evaluate and export"
+                )
         return stages
 
     @model_validator(mode="after")
     def _something_to_work_on(self) -> Self:
         training = self.stages[0].kind == "train"
-        if training and self.data is None:
+        if training and (self.data is None or self.data.path is None):
             raise ValueError("training needs data: set data.path (--data)")
         if self.model.source.startswith("sepress:") and not (training or self.model.random_weights):
             raise ValueError(
@@ -394,42 +429,59 @@ def check_inputs(recipe: Recipe, *, images: bool = True) -> None:
 
     To be called before anything is loaded or fetched.
     """
-    data, source = recipe.data, recipe.model.source
-    is_file = Path(source).is_file()
-    if not is_file and (":" not in source or "/" in source or Path(source).suffix):
-        near = ", ".join(f"{registry}:{source}" for registry in ("timm", "torchvision"))
-        hint = f"A name is written {near}." if source.isidentifier() else _RELATIVE
-        raise InputError(f"there is no model file {source}", remedy=hint)
-    if not is_file:
-        parse_reference(source)
+    data, source = recipe.data and recipe.data.path, recipe.model.source
+    if not Path(source).is_file():
+        _check_name(source)
         if data is None and images:
             raise InputError(
                 f"there are no images: {source} is a name, and only a model file can know its data",
                 remedy="Pass --data (data.path in a recipe): a folder of images, digits or torchvision:NAME.",
             )
-    if data and data.path.startswith("torchvision:"):
+    elif recipe.stages[0].kind == "train":
+        raise InputError(
+            f"training starts from random weights: {source} is a model file",
+            remedy="Name an architecture, such as sepress:se_resnet20. To train a file on, fine-tune it.",
+        )
+    if data and data.startswith("torchvision:"):
         from sepress.data import DataSpec
 
-        DataSpec(path=data.path)  # knows the names
-    elif data and data.path != "digits" and not Path(data.path).is_dir():
-        raise InputError(f"there is no image folder {data.path}", remedy=_RELATIVE)
+        DataSpec(path=data)  # knows the names
+    elif data and data != "digits" and not Path(data).is_dir():
+        raise InputError(f"there is no image folder {data}", remedy=_RELATIVE)
     for stage in recipe.stages:
         if isinstance(stage, PruneStage) and stage.plan and not Path(stage.plan).is_file():
             raise InputError(f"there is no plan {stage.plan}", remedy=_RELATIVE)
+
+
+def _check_name(source: str) -> None:
+    """Raise InputError where what is no file is no reference either; looks nothing up."""
+    try:
+        parse_reference(source)
+    except InputError as error:
+        if re.match(r"\w+:", source):  # meant as a reference
+            raise
+        near = ", ".join(f"{registry}:{source}" for registry in ("timm", "torchvision"))
+        hint = f"A name is written {near}." if source.isidentifier() else _RELATIVE
+        raise InputError(f"there is no model file {source}", remedy=hint) from error
 
 
 _RELATIVE = "Paths are relative to the current folder."
 
 
 # ---- files -> values ----------------------------------------------------------------------------
-def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name: str | Path, overrides: Sequence[str] = (), *, require: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, or a packaged one by name, and apply `key.path=value` overrides.
 
-    Raises one InputError for all faults of the files, each with file, line and key.
+    The constraints of `require` are added to the recipe's own. Raises one InputError for all faults, each
+    with file, line (or option) and key.
     """
     values, marks, faults = _load(find_recipe(str(name)), ())
     for text in overrides:
         _override(values, marks, text)
+    own = values.setdefault("require", [])
+    if isinstance(own, list):  # else validation says so
+        marks.update({("require", len(own) + number): "--require" for number in range(len(require))})
+        own.extend(require)
     return build_recipe(values, marks, faults=faults)
 
 
@@ -521,23 +573,34 @@ def _override(values: dict[str, Any], marks: dict[KeyPath, str], text: str) -> N
     if keys[0] == "stages" and len(keys) > 1:
         stage = _find_stage(values.get("stages"), str(keys[1]), mark)
         keys = ["stages", *stage, *(keys[3:] if keys[2:3] == [stage[1]] else keys[2:])]
+    value = read_yaml(written, mark).values
     place: Any = values
-    for depth, key in enumerate(keys[:-1]):
-        if isinstance(place, dict) and place.get(str(key)) is None:
-            place[str(key)] = {}
-        place = place[key]
-        if not isinstance(place, dict | list):
-            raise InputError(f"{mark}: {'.'.join(map(str, keys[: depth + 1]))} holds no keys", remedy=HELP)
-    document = read_yaml(written, mark)
-    place[keys[-1]] = document.values
+    for depth, key in enumerate(keys):
+        here = ".".join(map(str, keys[:depth]))
+        if isinstance(place, list):
+            keys[depth] = _position(place, key, f"{mark}: {here}")
+        elif not isinstance(place, dict):
+            raise InputError(f"{mark}: {here} holds no keys", remedy=HELP)
+        elif place.get(key) is None:
+            place[key] = {}
+        parent, place = place, place[keys[depth]]
+    parent[keys[-1]] = value
     _spell_out(values)
     _forget(marks, tuple(keys))
     marks[tuple(keys)] = mark
 
 
+def _position(items: list[Any], key: str | int, where: str) -> int:
+    """A key of a list as the position that it names."""
+    if str(key).isdecimal() and int(key) < len(items):
+        return int(key)
+    raise InputError(f"{where} is a list of {len(items)}, and '{key}' is no position in it, counted from 0")
+
+
 def _find_stage(stages: Any, name: str, mark: str) -> tuple[int, str]:
     """The position and kind of the stage that a kind or a position names."""
-    kinds = [str(next(iter(s))) if isinstance(s, dict) and s else "" for s in stages or ()]
+    listing = stages if isinstance(stages, list) else ()
+    kinds = [str(next(iter(s))) if isinstance(s, dict) and s else "" for s in listing]
     listed = ", ".join(f"{number} ({kind})" for number, kind in enumerate(kinds))
     if name.isdecimal() and int(name) < len(kinds):
         return int(name), kinds[int(name)]
