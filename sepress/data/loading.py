@@ -88,17 +88,21 @@ def _torch_seeded(seed: int) -> Iterator[None]:
 
 
 class ImageStore:
-    """The images of some samples at the input's size, uint8; kept in memory where they fit."""
+    """The images of some samples at the input's size, uint8; kept in memory where they fit and may be."""
 
-    def __init__(self, samples: Samples, prepare: Prepare) -> None:
+    def __init__(self, samples: Samples, prepare: Prepare, *, keep: bool = True) -> None:
         self.samples = samples
         self.prepare = prepare
         channels = 1 if prepare.mode == "L" else 3
         self._shape = (channels, prepare.height, prepare.width)
-        self.in_memory = len(samples) * int(np.prod(self._shape)) <= KEPT_BYTES
+        self.in_memory = keep and len(samples) * int(np.prod(self._shape)) <= KEPT_BYTES
         self._kept = torch.empty((len(samples) if self.in_memory else 0, *self._shape), dtype=torch.uint8)
         self._known = torch.zeros(len(samples) if self.in_memory else 0, dtype=torch.bool)
         self._unreadable: dict[int, str] = {}  # position -> why
+
+    def holds(self, positions: np.ndarray) -> bool:
+        """Whether these images are in memory already."""
+        return self.in_memory and bool(self._known[torch.from_numpy(positions)].all())
 
     def fetch(self, positions: list[int], *, threads: int = 1) -> tuple[Tensor, list[int]]:
         """Images (n, C, H, W) uint8 and the positions they are at, unreadable ones left out."""

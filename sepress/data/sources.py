@@ -98,7 +98,8 @@ class DataSource:
         """Training images, as in evaluation: classes in proportion, the first `images` of a fixed order.
 
         A smaller set is a prefix of a larger one of the same seed. Where there are fewer images, all
-        are taken and a note says so.
+        are taken and a note says so. Unless training has decoded them already, they are decoded in each
+        pass and not kept: memory does not depend on their number.
         """
         if images < 1:
             raise InputError(f"calibration needs at least 1 image, not {images}")
@@ -106,11 +107,10 @@ class DataSource:
         if images > len(samples):
             self._note(f"calibration: {images} images were asked for, the train split has {len(samples)}")
         order = stratified_order(samples.names, samples.groups, seed)[:images]
-        store = self._store("train")
-        if store.in_memory:
-            return self._dataset("train", store, order)
-        subset = ImageStore(samples.subset(order), self._prepare)  # small enough to be kept itself
-        return self._dataset("train", subset, np.arange(len(order)))
+        store = self._stores.get("train")
+        if store is None or not store.holds(order):
+            store = ImageStore(samples, self._prepare, keep=False)
+        return self._dataset("train", store, order)
 
     def describe(self) -> dict[str, JSON]:
         """Plain values for the report: where the images come from, how many there are, what was said."""
