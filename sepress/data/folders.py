@@ -49,7 +49,8 @@ class _Found:
 
 
 def open_folder(spec: DataSpec) -> Catalog:
-    """Find the images under a folder; InputError where there are none, or a class has none."""
+    """Find the images under a folder; InputError: there are none, a class has none, a name is no text."""
+    _check_name(spec.path)
     root = Path(spec.path).expanduser()
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
@@ -151,7 +152,19 @@ def _entries(folder: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
             visible = [e for e in entries if not e.name.startswith((".", "__MACOSX"))]
     except OSError as error:
         raise InputError(f"folder '{os.fspath(folder)}' can't be read: {error.strerror}") from error
+    for entry in visible:
+        _check_name(entry.path)
     return sorted(visible, key=lambda entry: entry.name)
+
+
+def _check_name(path: str) -> None:
+    """Names end up in reports and model files, which are UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the name {path!a} is not valid UTF-8", remedy="Rename it, or take it out of the data."
+        ) from error
 
 
 def _choose(found: dict[str, _Found], notes: list[str]) -> dict[str, _Found]:
@@ -229,5 +242,5 @@ def _fingerprint(found: dict[str, _Found]) -> str:
     )
     digest = sha256()
     for path, size in pairs:
-        digest.update(path.encode("utf-8", "surrogateescape") + f"\0{size}\n".encode())
+        digest.update(f"{path}\0{size}\n".encode())
     return digest.hexdigest()

@@ -46,11 +46,10 @@ def match_classes(
         note = "no class name of the data is among the model's; classes are taken in the data's order"
         return Labels(tuple(range(len(found))), class_names, len(class_names), note=note)
     names = tuple(found)
-    if num_classes is None:
-        return Labels(tuple(range(len(names))), names, len(names))
-    if num_classes == len(names):
-        note = "the model names no classes; outputs are taken in the data's order (sorted folder names)"
-        return Labels(tuple(range(len(names))), names, num_classes, note=note)
+    if num_classes is None or num_classes == len(names):
+        known = "no classes" if num_classes else "neither classes nor their number"
+        note = f"the model names {known}; outputs are taken in the data's order (folders: sorted by name)"
+        return Labels(tuple(range(len(names))), names, len(names), note=note)
     reason = f"the data has {len(names)} classes, the model {num_classes} outputs and no class names"
     return _unmatched(found, None, num_classes, reason)
 

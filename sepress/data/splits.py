@@ -10,12 +10,11 @@ import numpy.typing as npt
 
 Positions = npt.NDArray[np.int64]
 TEST_FRACTION = 0.1  # where the data has no test split
-_ENCODE = "surrogateescape"  # file names that are not UTF-8 keep their bytes
 
 
 def hash_unit(text: str) -> float:
     """A fixed number in [0, 1) for a text, evenly spread."""
-    digest = sha256(text.encode("utf-8", _ENCODE)).digest()
+    digest = sha256(text.encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48  # 48 bits: exact in a float, below 1
 
 
