@@ -213,16 +213,20 @@ def calibrate(
 
 
 def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
-    """Return a batch's inputs and its targets (N,), None where it has none."""
-    if isinstance(batch, tuple | list):
-        if len(batch) == 2 and isinstance(batch[1], Tensor) and _is_targets(batch[1]):
-            return batch[0], batch[1]
-        return (batch[0] if len(batch) == 1 else tuple(batch)), None
-    return batch, None
+    """Return a batch's inputs and its targets (N,), None where it has none: what a batch may be, everywhere.
+
+    A pair is (inputs, targets) where its second is None or a row of integers. Any other tuple or list is
+    what a net of several inputs is called with, and is returned as a tuple; a single one stands for itself.
+    """
+    if not isinstance(batch, tuple | list):
+        return batch, None
+    if len(batch) == 2 and (batch[1] is None or _is_targets(batch[1])):
+        return batch[0], batch[1]
+    return (batch[0] if len(batch) == 1 else tuple(batch)), None
 
 
-def _is_targets(x: Tensor) -> bool:
-    return x.dim() == 1 and not x.is_floating_point() and not x.is_complex()
+def _is_targets(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dim() == 1 and not (x.is_floating_point() or x.is_complex())
 
 
 class _Collector:

@@ -260,4 +260,5 @@ def test_a_batch_is_inputs_or_inputs_and_targets() -> None:
     assert split_batch(x) == (x, None)
     assert split_batch([x]) == (x, None)
     assert split_batch((x, y)) == (x, y)
+    assert split_batch([x, None]) == (x, None)
     assert split_batch([x, x]) == ((x, x), None)  # two inputs

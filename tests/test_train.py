@@ -591,14 +591,24 @@ def test_top5_counts_the_five_highest(seven: DataSource) -> None:
 def test_labels_that_do_not_fit_give_no_accuracy_but_the_reason(source: DataSource) -> None:
     other = open_data(DataSpec(source.spec.path), preprocessing=GREY8, num_classes=10)
     accuracy = evaluate(nn.Identity(), other, split="test", device=CPU)
-    assert accuracy == Accuracy("test", 0, None, None, None, None, other.labels_reason)
+    assert accuracy == Accuracy(None, None, None, None, None, None, other.labels_reason)
     assert accuracy.reason is not None
 
 
 def test_a_missing_split_gives_no_accuracy_but_the_reason(source: DataSource) -> None:
     accuracy = evaluate(nn.Identity(), source, split="holdout", device=CPU)
-    assert accuracy.top1 is None
+    assert (accuracy.split, accuracy.n, accuracy.top1) == (None, None, None)
     assert accuracy.reason == "the data has no 'holdout' split (it has: train, val, test)"
+
+
+def test_a_split_without_a_label_gives_no_accuracy_but_the_reason(
+    source: DataSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = source.dataset("test")
+    dataset.targets = torch.full_like(dataset.targets, -1)
+    monkeypatch.setattr(source, "dataset", lambda split: dataset)
+    accuracy = evaluate(Scripted(torch.zeros(9, 3)), source, split="test", device=CPU)
+    assert accuracy == Accuracy(None, None, None, None, None, None, "no image of the test split has a label")
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
@@ -659,6 +669,21 @@ def test_a_short_last_batch_counts_by_its_images() -> None:
     assert torch.allclose(norm.running_mean, images.mean((0, 2, 3)), atol=1e-6)
     parts = [part.transpose(0, 1).flatten(1).var(1) for part in (images[:5], images[5:])]
     assert torch.allclose(norm.running_var, (5 * parts[0] + 2 * parts[1]) / 7)
+
+
+def test_a_net_of_two_inputs_is_recalibrated_on_pairs_of_them() -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.norm(x + y)
+
+    x, y = torch.randn(2, 6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    net = Sum()
+    recalibrate_batchnorm(net, [[x, y]], device=CPU)
+    assert torch.allclose(net.norm.running_mean, (x + y).mean((0, 2, 3)), atol=1e-6)
 
 
 def test_a_single_image_is_left_out_and_alone_refused() -> None:

@@ -25,11 +25,11 @@ class Accuracy:
     """Fractions right over the `n` labelled images of a split; a None has its reason in `reason`.
 
     `loss` is the mean cross-entropy without smoothing; `per_class` is top-1 by class name, of the
-    classes that have images in the split.
+    classes that have images in the split. Where no image was classified, `split` and `n` are None too.
     """
 
-    split: str
-    n: int
+    split: str | None
+    n: int | None
     top1: float | None
     top5: float | None
     loss: float | None
@@ -58,7 +58,7 @@ def evaluate(
     if reason is None and not source.splits.get(split):
         reason = f"the data has no '{split}' split (it has: {', '.join(source.splits)})"
     if reason is not None:
-        return Accuracy(split, 0, None, None, None, None, reason)
+        return _nothing(reason)
     names = output_names(source)
     classes = len(names)
     loader = make_loader(
@@ -92,10 +92,10 @@ def _count(counts: Tensor, loss_sum: Tensor, logits: Tensor, targets: Tensor) ->
 def _accuracy(split: str, names: tuple[str, ...], counts: Tensor, loss_sum: float, broken: float) -> Accuracy:
     images, right, right5 = (row.sum().item() for row in counts)
     n = int(images + broken)
-    if n == 0 or broken:
-        reason = (
-            f"the outputs are not finite for {int(broken)} of {n} images" if n else "no image has a label"
-        )
+    if n == 0:
+        return _nothing(f"no image of the {split} split has a label")
+    if broken:
+        reason = f"the outputs are not finite for {int(broken)} of {n} images"
         return Accuracy(split, n, None, None, None, None, reason)
     few = len(names) <= 5
     return Accuracy(
@@ -111,6 +111,10 @@ def _accuracy(split: str, names: tuple[str, ...], counts: Tensor, loss_sum: floa
         },
         reason=f"top-5 says nothing among {len(names)} classes" if few else None,
     )
+
+
+def _nothing(reason: str) -> Accuracy:
+    return Accuracy(None, None, None, None, None, None, reason)
 
 
 def output_names(source: DataSource) -> tuple[str, ...]:

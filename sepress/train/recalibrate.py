@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sepress.calibrate import split_batch
 from sepress.errors import InputError
 from sepress.modes import evaluating
 
@@ -18,7 +19,7 @@ def recalibrate_batchnorm(net: nn.Module, batches: Iterable[Any], *, device: tor
     """Set each batch norm's running mean and (unbiased) variance to the batches' averages; returns how many.
 
     Each batch weighs by its number of images, so equal batches give what momentum=None gives, and a short
-    last one does not count for more. `batches` yields inputs, or (inputs, anything more). Only batch norms
+    last one does not count for more. `batches` yields inputs, or (inputs, targets). Only batch norms
     that keep statistics run in train mode: dropout and the like stay off, frozen norms stay. The net is
     moved to the device; modes and momenta are restored. A batch of one image has no variance after a global
     pooling and is left out; InputError if nothing else is there. Without batch norms no batch is read.
@@ -30,13 +31,15 @@ def recalibrate_batchnorm(net: nn.Module, batches: Iterable[Any], *, device: tor
     seen = 0
     with evaluating(net), _averaging(norms):
         for batch in batches:
-            inputs: Tensor = batch[0] if isinstance(batch, list | tuple) else batch
-            if len(inputs) == 1:
+            inputs, _ = split_batch(batch)
+            arguments = inputs if isinstance(inputs, tuple) else (inputs,)
+            images = len(arguments[0])
+            if images == 1:
                 continue
-            seen += len(inputs)
+            seen += images
             for norm in norms:
-                norm.momentum = len(inputs) / seen  # old * (1 - m) + new * m: the mean over images so far
-            net(inputs.to(device, non_blocking=True))
+                norm.momentum = images / seen  # old * (1 - m) + new * m: the mean over images so far
+            net(*(x.to(device, non_blocking=True) for x in arguments))
     if not seen:
         raise InputError(
             "batch norm can't be recalibrated: no batch of two images or more",
