@@ -24,11 +24,13 @@ from sepress.calibrate import ExcitationStats, calibrate
 from sepress.coupling import Coupling, trace
 from sepress.criteria import get_criterion, rank
 from sepress.data import DataSource, Loader, make_loader
+from sepress.defaults import BATCH_SIZE, CALIBRATION_IMAGES, RECALIBRATION_IMAGES
 from sepress.device import seeded
+from sepress.digests import tensor_digest
 from sepress.errors import InputError
 from sepress.files import write_json, write_text
 from sepress.measure import count_macs, environment
-from sepress.pruning import CHECK_IMAGES, RECALIBRATION_IMAGES, first_images, limited, prune_channels
+from sepress.pruning import CHECK_IMAGES, first_images, limited, prune_channels
 from sepress.train import TrainConfig, evaluate, recalibrate_batchnorm, train
 from sepress.types import JSON, Bundle, Policy
 
@@ -45,9 +47,10 @@ class Comparison:
     policy: Policy
     finetune: TrainConfig | None  # None: no fine-tuning
     split: str = "test"
-    calibration_images: int = 512
+    calibration_images: int = CALIBRATION_IMAGES
     recalibration_images: int = RECALIBRATION_IMAGES
-    batch_size: int = 128
+    batch_size: int = BATCH_SIZE
+    workers: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Table:
 
     comparison: Comparison
     model: str
+    trained: bool
     base_top1: float
     base_macs: int
     n: int
@@ -96,7 +100,8 @@ class Table:
         """The table as Markdown, with what ran, on what, and with which seeds."""
         c = self.comparison
         tuning = "no fine-tuning" if c.finetune is None else _schedule(c.finetune)
-        lines = [
+        lines = [] if self.trained else ["**UNTRAINED: the net has random weights.**", ""]
+        lines += [
             f"Top-1 (%) of {self.model} on {c.split} (n = {self.n:,}); "
             f"base {100 * self.base_top1:.2f} %, {self.base_macs / 1e6:.2f} MMACs.",
             f"{c.calibration_images} calibration images, BN recalibrated on {c.recalibration_images}, "
@@ -128,12 +133,21 @@ def compare(
     net = bundle.net.to(device).eval()
     cells_file = _open(out, bundle, source, comparison)
     done = {(cell.criterion, cell.seed): cell for cell in _read_cells(cells_file)}
-    base = evaluate(net, source, split=comparison.split, device=device, batch_size=comparison.batch_size)
+    base = evaluate(
+        net,
+        source,
+        split=comparison.split,
+        device=device,
+        batch_size=comparison.batch_size,
+        workers=comparison.workers,
+    )
     images = _images(source, comparison, seed=comparison.seeds[0], device=device)
     coupling = trace(net, images[:1])
     total = len(comparison.seeds) * len(comparison.criteria)
     for seed in comparison.seeds:
         missing = [name for name in comparison.criteria if (name, seed) not in done]
+        if not missing:
+            continue
         stats = _statistics(net, coupling, source, comparison, missing, seed=seed, device=device)
         for name in missing:
             cell = _run_cell(net, coupling, stats, source, comparison, name, seed=seed, device=device)
@@ -149,6 +163,7 @@ def compare(
     table = Table(
         comparison=comparison,
         model=bundle.spec.reference,
+        trained=bundle.spec.trained,
         base_top1=base.top1,
         base_macs=count_macs(net, images[:1]),
         n=base.n,
@@ -215,7 +230,7 @@ def _statistics(
 
 def _calibration(source: DataSource, comparison: Comparison, *, seed: int) -> Loader:
     dataset = source.calibration(comparison.calibration_images, seed=seed)
-    return make_loader(dataset, batch_size=comparison.batch_size)
+    return make_loader(dataset, batch_size=comparison.batch_size, workers=comparison.workers)
 
 
 def _images(source: DataSource, comparison: Comparison, *, seed: int, device: torch.device) -> torch.Tensor:
@@ -223,30 +238,41 @@ def _images(source: DataSource, comparison: Comparison, *, seed: int, device: to
 
 
 def _top1(net: nn.Module, source: DataSource, comparison: Comparison, device: torch.device) -> float:
-    accuracy = evaluate(net, source, split=comparison.split, device=device, batch_size=comparison.batch_size)
+    accuracy = evaluate(
+        net,
+        source,
+        split=comparison.split,
+        device=device,
+        batch_size=comparison.batch_size,
+        workers=comparison.workers,
+    )
     assert accuracy.top1 is not None  # labels were checked before the first cell
     return accuracy.top1
 
 
 def _open(out: Path, bundle: Bundle, source: DataSource, comparison: Comparison) -> Path:
     """Create the folder, or open it for the same comparison; returns the file of cells."""
-    facts = {k: v for k, v in asdict(comparison).items() if k not in ("criteria", "seeds")}  # those may grow
-    weights = hashlib.sha256()
-    for name, value in bundle.net.state_dict().items():
-        weights.update(
-            name.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        )
-    described = {"settings": facts, "data": source.fingerprint, "weights": weights.hexdigest()}
+    may_change = ("criteria", "seeds", "workers")
+    facts = {name: value for name, value in asdict(comparison).items() if name not in may_change}
+    weights = tensor_digest(bundle.net.state_dict())
+    described = {"settings": facts, "data": source.fingerprint, "weights": weights}
     identity = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
     marker = out / "comparison.json"
-    if marker.exists():
-        if json.loads(marker.read_text(encoding="utf-8")).get("identity") != identity:
-            raise InputError(
-                f"{out} holds a comparison with other settings, data or weights",
-                remedy="Choose another folder with --out; criteria and seeds may be added to the same one.",
-            )
-    else:
-        write_json(marker, {"schema": SCHEMA, "identity": identity, **described})
+    try:
+        if marker.exists():
+            if json.loads(marker.read_text(encoding="utf-8")).get("identity") != identity:
+                raise InputError(
+                    f"{out} holds a comparison with other settings, data or weights",
+                    remedy="Choose another with --out; only criteria and seeds may be added to the same one.",
+                )
+        elif out.exists() and any(out.iterdir()):
+            raise InputError(f"{out} holds other files", remedy="Choose another folder with --out.")
+        else:
+            write_json(marker, {"schema": SCHEMA, "identity": identity, **described})
+    except OSError as error:
+        raise InputError(
+            f"the folder {out} can't be used: {error.strerror or error}", remedy="Choose another with --out."
+        ) from error
     return out / "cells.jsonl"
 
 
@@ -256,8 +282,11 @@ def _read_cells(path: Path) -> list[Cell]:
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
     if lines[-1]:
-        path.write_text("".join(line + "\n" for line in lines[:-1]), encoding="utf-8")
-    return [Cell(**json.loads(line)) for line in lines[:-1]]
+        write_text(path, "".join(line + "\n" for line in lines[:-1]))
+    try:
+        return [Cell(**json.loads(line)) for line in lines[:-1]]
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is damaged: {error}", remedy="Delete the line, or the folder.") from error
 
 
 def _schedule(config: TrainConfig) -> str:

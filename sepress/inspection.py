@@ -81,6 +81,8 @@ class Inspection:
             f"{self.model} at {size}: {self.macs / 1e6:,.1f} MMACs, {self.params / 1e6:,.2f} M parameters",
             f"{len(self.coupling.gates)} gates, {len(self.coupling.groups)} groups; channels: {shares}",
         ]
+        if not self.trained:
+            lines.append("Structure only: no weights were loaded.")
         if not self.coupling.gates:
             lines.append("No Squeeze-and-Excitation gate was found: contribution judges every group.")
         table = Table(box=None, pad_edge=False)

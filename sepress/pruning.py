@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from sepress import console
 from sepress.calibrate import ExcitationStats, calibrate
 from sepress.coupling import Coupling, apply_removal, check_removal, trace
-from sepress.criteria import DEFAULT_CRITERION, get_criterion, rank
+from sepress.criteria import get_criterion, rank
+from sepress.defaults import CRITERION, RECALIBRATION_IMAGES
 from sepress.device import resolve_device, seeded
 from sepress.errors import CheckError, InputError
 from sepress.measure import count_macs, count_params, environment
@@ -35,7 +36,6 @@ from sepress.types import (
 )
 
 CHECK_IMAGES = 8  # enough for a spread over images; the check runs them one by one
-RECALIBRATION_IMAGES = 256  # 18 % -> 65 % top-1 at half the MACs; more changes nothing
 JOINED_BATCH = 32  # what batches of single images are joined to for batch-norm statistics
 MAX_REPLANS = 8  # each freezes what a failed check named; nets met so far need none
 
@@ -98,14 +98,11 @@ def rank_channels(
     criterion: str,
     device: torch.device,
     seed: int = 0,
-    num_classes: int | None = None,
     data_id: str = "",
 ) -> tuple[Ranking, ExcitationStats]:
     """Measure on the batches what the criterion needs, and the gates always; score every group."""
     evidence = get_criterion(criterion).needs | {"excitation"}
-    stats = calibrate(
-        net, coupling, batches, evidence=evidence, device=device, num_classes=num_classes, data_id=data_id
-    )
+    stats = calibrate(net, coupling, batches, evidence=evidence, device=device, data_id=data_id)
     return rank(coupling, stats, criterion=criterion, net=net, seed=seed), stats
 
 
@@ -190,7 +187,7 @@ def prune(
     ratio: float | None = None,
     target_macs: float | None = None,
     target_params: float | None = None,
-    criterion: str = DEFAULT_CRITERION,
+    criterion: str = CRITERION,
     scope: Literal["per-group", "global"] = "per-group",
     round_to: int = Policy.round_to,
     min_width: int = Policy.min_width,
@@ -242,7 +239,9 @@ def prune(
         surgery = prune_channels(base, coupling, ranking, policy, images=images, allow_vacuous=allow_vacuous)
         recalibrate_batchnorm(surgery.net, limited(batches, recalibration_images), device=place)
     report = _api_report(base, surgery, ranking, images[:1], criterion=criterion, calibrated=stats.images)
-    pruned = surgery.net.to(home).train(net.training)
+    pruned = surgery.net.to(home)
+    for given, made in zip(net.modules(), pruned.modules(), strict=True):
+        made.training = given.training  # a norm that was frozen stays so
     return PruneResult(net=pruned, plan=surgery.plan, ranking=ranking, report=report)
 
 

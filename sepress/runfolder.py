@@ -1,18 +1,18 @@
 """A run's folder: the effective recipe, each stage's artifacts with their digests, and what it found.
 
 A finished stage is reused where its files still have the digests that were recorded; a folder of another
-recipe is refused. `run.json` is replaced as a whole after each stage, so an interrupted run loses one stage
-at most.
+recipe, or of the same recipe on another model or other data, is refused. `run.json` is replaced as a whole
+after each stage, so an interrupted run loses one stage at most.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from sepress.digests import file_digest
 from sepress.errors import InputError
 from sepress.files import write_json, write_text
 from sepress.types import JSON
@@ -33,25 +33,33 @@ class StageRecord:
 
 
 class RunFolder:
-    """The folder of one effective recipe; continues where an earlier run of the same recipe stopped."""
+    """The folder of one run; continues where an earlier run of the same recipe and inputs stopped."""
 
-    def __init__(self, path: Path, *, recipe_text: str, digest: str) -> None:
-        """Create the folder, or open it for the same recipe; InputError where it belongs to another one."""
+    def __init__(self, path: Path, *, recipe_text: str, inputs: Mapping[str, str]) -> None:
+        """Create the folder, or open it for the same inputs; InputError where it belongs to others.
+
+        `inputs` are digests of all that results depend on, by what they are ('recipe', 'data', ...).
+        """
         self.path = path
-        self.digest = digest
+        self.inputs = dict(inputs)
         self._records: list[StageRecord] = []
-        state = path / STATE
-        if state.exists():
-            self._records = _read_records(state, digest)
-        elif path.exists() and any(path.iterdir()):
+        try:
+            if (path / STATE).exists():
+                self._records = _read_records(path / STATE, self.inputs)
+            elif path.exists() and any(path.iterdir()):
+                raise InputError(
+                    f"the run folder {path} holds other files and no {STATE}",
+                    remedy="Choose another folder (out: in the recipe, or --out), or empty this one.",
+                )
+            else:
+                path.mkdir(parents=True, exist_ok=True)
+                self._write()
+            write_text(path / RECIPE, recipe_text)
+        except OSError as error:
             raise InputError(
-                f"the run folder {path} holds other files and no {STATE}",
-                remedy="Choose another folder (out: in the recipe, or --out), or empty this one.",
-            )
-        else:
-            path.mkdir(parents=True, exist_ok=True)
-            self._write()
-        write_text(path / RECIPE, recipe_text)
+                f"the run folder {path} can't be used: {error.strerror or error}",
+                remedy="Choose a folder that can be written (out: in the recipe, or --out).",
+            ) from error
 
     def file(self, name: str) -> Path:
         return self.path / name
@@ -62,7 +70,7 @@ class RunFolder:
             return None
         record = self._records[index]
         intact = all(
-            self.file(name).is_file() and sha256(self.file(name)) == digest
+            self.file(name).is_file() and file_digest(self.file(name)) == digest
             for name, digest in record.digests.items()
         )
         if record.stage == stage and intact:
@@ -72,43 +80,39 @@ class RunFolder:
 
     def finish(self, record: StageRecord) -> StageRecord:
         """Append a record, with its files' digests, and write the state."""
-        digests = {name: sha256(self.file(name)) for name in record.artifacts.values()}
+        digests = {name: file_digest(self.file(name)) for name in record.artifacts.values()}
         record = StageRecord(record.stage, record.artifacts, record.facts, digests)
         self._records.append(record)
         self._write()
         return record
 
-    def reject(self, pattern: str) -> None:
-        """Rename what matches to NAME.rejected, so that nothing takes it for a model that passed."""
-        for path in sorted(self.path.glob(pattern)):
-            path.rename(path.with_name(path.name + ".rejected"))
+    def reject(self, name: str) -> None:
+        """Rename a file to NAME.rejected, so that nothing takes it for one that passed its checks."""
+        path = self.file(name)
+        if path.exists():
+            path.rename(path.with_name(f"{name}.rejected"))
 
     def _write(self) -> None:
         write_json(
             self.path / STATE,
-            {"schema": SCHEMA, "recipe": self.digest, "stages": [asdict(r) for r in self._records]},
+            {"schema": SCHEMA, "inputs": self.inputs, "stages": [asdict(r) for r in self._records]},
         )
 
 
-def _read_records(state: Path, digest: str) -> list[StageRecord]:
+def _read_records(state: Path, inputs: Mapping[str, str]) -> list[StageRecord]:
     try:
         value = json.loads(state.read_text(encoding="utf-8"))
         if value["schema"] != SCHEMA:
             raise ValueError(f"schema is {value['schema']!r}, expected {SCHEMA!r}")
-        found, records = value["recipe"], [StageRecord(**r) for r in value["stages"]]
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        found, records = dict(value["inputs"]), [StageRecord(**r) for r in value["stages"]]
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{state} can't be read: {error}", remedy="Choose another folder, or delete this one."
         ) from error
-    if found != digest:
+    other = [what for what in {**found, **inputs} if found.get(what) != inputs.get(what)]
+    if other:
         raise InputError(
-            f"the run folder {state.parent} belongs to another recipe",
-            remedy=f"Compare {RECIPE} there with yours; choose another folder (out: or --out), or delete it.",
+            f"the run folder {state.parent} belongs to another run: its {' and '.join(other)} differ",
+            remedy=f"See {RECIPE} there; choose another folder (out: or --out), or delete it.",
         )
     return records
-
-
-def sha256(path: Path) -> str:
-    """Return the file's SHA-256 as hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,10 +7,10 @@ whose files are intact is not run again; what it found stands in the folder's re
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,35 +18,34 @@ import torch
 from torch import nn
 
 from sepress import console
-from sepress.bundle import load_bundle, new_folder
+from sepress.bundle import new_folder
 from sepress.calibrate import ExcitationStats
 from sepress.compare import Comparison, Table, compare
 from sepress.coupling import Coupling
-from sepress.data import open_data
 from sepress.device import resolve_device, seeded
 from sepress.errors import CheckError, InputError
 from sepress.export import check_onnx_parity, export_onnx, measure_onnx_latency
 from sepress.files import replacing, write_json, write_text
 from sepress.inspection import Inspection, inspect_bundle
 from sepress.job import (
+    SAVED_CHECK,
     Job,
     batch_size,
-    data_spec,
     load_base,
     open_source,
-    overrides,
     policy_of,
     train_config,
+    workers,
 )
-from sepress.models import build_net, build_spec
-from sepress.plan import plan_from_json, plan_pruning, plan_to_json
+from sepress.models import build_net
+from sepress.plan import check_plan, plan_from_json, plan_pruning, plan_to_json
 from sepress.pruning import CHECK_IMAGES, group_rows, limited, prune_channels, rank_channels
-from sepress.recipe import EvaluateStage, Recipe, effective_yaml, recipe_digest
+from sepress.recipe import EvaluateStage, Recipe, check_inputs, effective_yaml, recipe_digest
 from sepress.report import report_to_json, report_to_markdown
-from sepress.runfolder import RunFolder, StageRecord, sha256
+from sepress.runfolder import RunFolder, StageRecord
 from sepress.summary import build_report
 from sepress.train import evaluate, recalibrate_batchnorm, train
-from sepress.types import JSON, Bundle, Layout, PruningPlan, Ranking, Report
+from sepress.types import JSON, Bundle, Check, PruningPlan, Ranking, Report
 
 PARITY_IMAGES = 32  # real ones; enough to meet every branch of a clamp
 RANKING_SCHEMA = "sepress.ranking/1"
@@ -63,43 +62,27 @@ class Outcome:
 
 # ---- the stages: each (job, settings) -> record ---------------------------------------------------
 def load_stage(job: Job, settings: Any) -> StageRecord:
-    spec = job.bundle("base").spec
+    """Say what was loaded; a net that has no file of its own and is pruned is kept, as a later teacher."""
+    spec = job.spec
     console.log(f"loaded {spec.reference}" + ("" if spec.trained else ", UNTRAINED (random weights)"))
-    return StageRecord("load", facts={"trained": spec.trained})
+    kept = {}
+    if not Path(job.recipe.model.source).is_file() and any(s.kind == "prune" for s in job.recipe.stages):
+        bundle = job.newest
+        kept["base"], _ = job.keep("base", bundle.net, lineage=dict(bundle.lineage), trained=spec.trained)
+    return StageRecord("load", kept, {"trained": spec.trained})
 
 
 def train_stage(job: Job, settings: Any) -> StageRecord:
-    """Train from random weights; what the data says (classes, channels) shapes the net."""
-    recipe = job.recipe
-    chosen = data_spec(recipe)
-    kwargs = dict(recipe.model.kwargs)
-    if chosen.path == "digits":
-        kwargs.setdefault("in_chans", 1)  # the embedded digits are grey
-    shape = build_spec(recipe.model.source, kwargs=kwargs, overrides=overrides(recipe))
-    source = open_data(chosen, preprocessing=shape.preprocessing)
-    if source.num_classes is None:
-        raise InputError(
-            "training needs labels: the data has no class folders", remedy="Sort it into class folders."
-        )
-    spec = build_spec(
-        recipe.model.source,
-        num_classes=source.num_classes,
-        kwargs=kwargs,
-        overrides=overrides(recipe),
-        class_names=source.class_names,
-    )
-    with seeded(recipe.seed):
-        net = build_net(spec).to(job.device)
-    job.use(source)
-    data = chosen.to_json() | {"fingerprint": source.fingerprint}
-    parent = Bundle(spec, Layout({}), {"data": data, "recipe": recipe.model_dump(mode="json")}, net)
-    return _train(job, settings, net, parent, label="base", teacher=None)
+    """Train from random weights."""
+    with seeded(job.recipe.seed):
+        net = build_net(job.spec).to(job.device)
+    return _train(job, settings, net, lineage={}, label="base", teacher=None)
 
 
 def rank_stage(job: Job, settings: Any) -> StageRecord:
-    coupling = job.coupling(job.label)
-    ranking, stats = _rank(job, coupling, settings)
-    write_json(job.folder.file("ranking.json"), _ranking_json(ranking))
+    coupling = job.coupling()
+    ranking, stats = _rank(job, coupling, settings.criterion, settings.calibration_images)
+    write_json(job.folder.file("ranking.json"), _ranking_json(job, ranking))
     facts = {
         "groups": [asdict(row) for row in group_rows(coupling, ranking, None)],
         "criterion": ranking.criterion,
@@ -110,28 +93,33 @@ def rank_stage(job: Job, settings: Any) -> StageRecord:
 
 def prune_stage(job: Job, settings: Any) -> StageRecord:
     """Rank, plan, cut, check, recalibrate: nothing is written before the check has passed."""
-    parent = job.bundle(job.label)
-    coupling = job.coupling(job.label)
-    ranking, stats = _rank(job, coupling, settings)
+    parent = job.newest
+    coupling = job.coupling()
+    given = None if settings.plan is None else _read_plan(Path(settings.plan), coupling)
+    criterion = settings.criterion if given is None else "mean-excitation"  # a plan was judged before
+    ranking, stats = _rank(job, coupling, criterion, settings.calibration_images)
+    if given is not None:
+        ranking = replace(ranking, criterion=given.criterion, scores={}, evidence=given.evidence)
     surgery = prune_channels(
         parent.net,
         coupling,
         ranking,
-        policy_of(settings) if settings.plan is None else plan_from_json(_read_json(Path(settings.plan))),
+        given or policy_of(settings),
         images=job.images(CHECK_IMAGES),
         allow_vacuous=settings.allow_vacuous,
     )
     images = settings.recalibration_images
     recalibrate_batchnorm(surgery.net, limited(job.calibration(images), images), device=job.device)
     plan = plan_to_json(surgery.plan)
-    write_json(job.folder.file("ranking.json"), _ranking_json(ranking))
+    write_json(job.folder.file("ranking.json"), _ranking_json(job, ranking))
     write_json(job.folder.file("plan.json"), plan)
-    plans = [*parent.lineage.get("plans", ()), plan]
-    name = job.keep("pruned", surgery.net, parent=parent, plans=plans, base=_base_file(job))
+    lineage = {**parent.lineage, "plans": [*parent.lineage.get("plans", ()), plan], "base": job.origin()}
+    name, saved = job.keep("pruned", surgery.net, lineage=lineage, trained=parent.spec.trained)
     facts = {
         "groups": [asdict(row) for row in group_rows(surgery.coupling, ranking, surgery.plan)],
         "criterion": surgery.plan.criterion,
         "masked_equals_removed": asdict(surgery.check),
+        SAVED_CHECK: saved,
         "notes": [
             *ranking.warnings,
             *surgery.plan.notes,
@@ -143,13 +131,15 @@ def prune_stage(job: Job, settings: Any) -> StageRecord:
 
 def finetune_stage(job: Job, settings: Any) -> StageRecord:
     """Train the newest net on, taught by its base where that is at hand."""
-    if reason := job.source().labels_reason:
-        raise InputError(
-            f"fine-tuning needs labels: {reason}", remedy="Pass --classes FILE, or data with labels."
-        )
-    parent = job.bundle(job.label)
-    teacher = _teacher(job) if settings.distill_weight > 0 else None
-    return _train(job, settings, copy.deepcopy(parent.net), parent, label="tuned", teacher=teacher)
+    parent = job.newest
+    teacher = None
+    if settings.distill_weight > 0:
+        if "base" in job.labels and job.label != "base":
+            teacher = job.bundle("base").net
+        else:
+            console.log("no base model is at hand: fine-tuning without distillation")
+    net = copy.deepcopy(parent.net)
+    return _train(job, settings, net, lineage=dict(parent.lineage), label="tuned", teacher=teacher)
 
 
 def evaluate_stage(job: Job, settings: Any) -> StageRecord:
@@ -157,51 +147,38 @@ def evaluate_stage(job: Job, settings: Any) -> StageRecord:
     for label in job.labels:
         accuracy = evaluate(
             job.bundle(label).net,
-            job.source(),
+            job.source,
             split=settings.split,
             device=job.device,
             batch_size=batch_size(job.recipe),
+            workers=workers(job.recipe),
         )
         accuracies[label] = asdict(accuracy)
     return StageRecord("evaluate", facts={"accuracy": accuracies})
 
 
 def export_stage(job: Job, settings: Any) -> StageRecord:
-    """Export the newest net, and the base beside it for its size and latency; each must equal torch."""
+    """Export the newest net, and the base beside it for its size and latency; each must equal torch.
+
+    The files get their names together, when all have passed.
+    """
     images = job.images(PARITY_IMAGES).cpu()
     label = job.label
-    names = {"base": "base.onnx", label: "model.onnx"}  # a base alone is the model
-    check: JSON = None
-    for each, name in names.items():
-        bundle = job.bundle(each)
-        net = copy.deepcopy(bundle.net).cpu().eval()
-        with replacing(job.folder.file(name)) as temporary:
-            export_onnx(
-                net,
-                temporary,
-                example=images[:1],
-                spec=bundle.spec,
-                lineage=_public_lineage(bundle),
-                opset=settings.opset,
-                dynamic_batch=settings.dynamic_batch,
-            )
-            parity = check_onnx_parity(net, temporary, images)
-            if parity.passed is False:
-                job.folder.reject("*.pt")
-                raise CheckError(
-                    f"the ONNX file of the {each} net does not equal the net: relative error "
-                    f"{parity.relative_error:.2e}",
-                    remedy="No ONNX file was written; the models are marked rejected. Please report it.",
-                )
-        check = asdict(parity)
+    names = {"base": "base.onnx", label: "model.onnx"} if "base" in job.labels else {label: "model.onnx"}
+    checks = {}
+    with ExitStack() as files:
+        for each, name in names.items():
+            temporary = files.enter_context(replacing(job.folder.file(name)))
+            checks[each] = _export(job, each, temporary, images, settings)
     paths = {each: job.folder.file(name) for each, name in names.items()}
-    figures = measure_onnx_latency(paths, images[:1], rounds=settings.latency_rounds)
     facts = {
-        "onnx_parity": check,
+        "onnx_parity": asdict(checks[label]),
         "bytes": {each: path.stat().st_size for each, path in paths.items()},
-        "latency": figures,
+        "latency": measure_onnx_latency(paths, images[:1], rounds=settings.latency_rounds),
     }
-    roles = {"onnx": "model.onnx"} | ({} if label == "base" else {"base_onnx": "base.onnx"})
+    roles = {"onnx": "model.onnx"}
+    if "base.onnx" in names.values():
+        roles["base_onnx"] = "base.onnx"
     return StageRecord("export", roles, facts)
 
 
@@ -223,31 +200,40 @@ def run_recipe(recipe: Recipe, *, out: Path | None = None, dry_run: bool = False
     With `dry_run`, a model is loaded, measured and planned for: plan.json is written, and no model.
     Whether the constraints are met stands in the report; `constraints.require` raises for them.
     """
+    check_inputs(recipe)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
+    job = Job(recipe)
     path = out or (Path(recipe.out) if recipe.out else new_folder(_default_folder(recipe)))
-    folder = RunFolder(path, recipe_text=effective_yaml(recipe), digest=_run_digest(recipe))
-    job = Job(recipe, folder)
+    inputs = {"recipe": recipe_digest(recipe), **job.inputs}
+    job.folder = RunFolder(path, recipe_text=effective_yaml(recipe), inputs=inputs)
     if dry_run:
         return _dry_run(job)
     for index, (kind, settings) in enumerate(_stage_list(recipe)):
-        record = folder.finished(index, kind)
+        record = job.folder.finished(index, kind)
         if record is None:
             console.log(f"[{kind}]")
-            record = folder.finish(STAGES[kind](job, settings))
+            record = STAGES[kind](job, settings)
+            facts = {**record.facts, "data": job.source.describe()}
+            record = job.folder.finish(StageRecord(record.stage, record.artifacts, facts))
         else:
             console.log(f"[{kind}] finished before, its files are intact: reused")
         job.records.append(record)
     report = build_report(job)
-    write_json(folder.file("report.json"), report_to_json(report, relative_to=folder.path))
-    write_text(folder.file("report.md"), report_to_markdown(report))
-    return Outcome(folder=folder.path, report=report)
+    write_json(job.folder.file("report.json"), report_to_json(report, relative_to=path))
+    write_text(job.folder.file("report.md"), report_to_markdown(report))
+    return Outcome(folder=path, report=report)
 
 
 def describe_run(recipe: Recipe, *, out: Path | None = None) -> list[str]:
     """What `run` would do, a line a stage; nothing is loaded and nothing is written."""
-    folder = out or (Path(recipe.out) if recipe.out else _default_folder(recipe))
-    lines = [f"run folder: {folder}" + (" (exists: would be continued)" if folder.exists() else "")]
+    named = out or (Path(recipe.out) if recipe.out else None)
+    if named is None:
+        lines = [f"run folder: {_default_folder(recipe)} (or the first free name after it)"]
+    else:
+        lines = [
+            f"run folder: {named}" + (" (exists: continued if it is this run's)" if named.exists() else "")
+        ]
     for number, (kind, settings) in enumerate(_stage_list(recipe), 1):
         options = {} if settings is None else settings.model_dump(exclude_defaults=True)
         shown = ", ".join(f"{key}={value}" for key, value in options.items())
@@ -280,6 +266,7 @@ def compare_model(
         calibration_images=settings.calibration_images,
         recalibration_images=settings.recalibration_images,
         batch_size=batch_size(recipe),
+        workers=workers(recipe),
     )
     folder = out or (Path(recipe.out) if recipe.out else _default_folder(recipe))
     return compare(
@@ -301,68 +288,84 @@ def _stage_list(recipe: Recipe) -> list[tuple[str, Any]]:
 def _dry_run(job: Job) -> Outcome:
     settings = next((stage for stage in job.recipe.stages if stage.kind == "prune"), None)
     if settings is None or job.recipe.stages[0].kind == "train":
-        raise InputError(
-            "there is no trained model to plan for", remedy="Train first, then plan on its file."
-        )
-    coupling = job.coupling("base")
-    ranking, _ = _rank(job, coupling, settings)
+        raise InputError("there is no trained model to plan for", remedy="Train first; plan on its file.")
+    coupling = job.coupling()
+    ranking, _ = _rank(job, coupling, settings.criterion, settings.calibration_images)
     plan = plan_pruning(ranking, coupling, policy=policy_of(settings))
+    if not job.spec.trained:
+        plan = replace(plan, notes=("UNTRAINED: the net has random weights", *plan.notes))
     write_json(job.folder.file("plan.json"), plan_to_json(plan))
     return Outcome(folder=job.folder.path, plan=plan)
 
 
 # ---- what several stages share --------------------------------------------------------------------
-def _rank(job: Job, coupling: Coupling, settings: Any) -> tuple[Ranking, ExcitationStats]:
-    source = job.source()
+def _rank(job: Job, coupling: Coupling, criterion: str, images: int) -> tuple[Ranking, ExcitationStats]:
     return rank_channels(
-        job.bundle(job.label).net,
+        job.newest.net,
         coupling,
-        job.calibration(settings.calibration_images),
-        criterion=settings.criterion,
+        job.calibration(images),
+        criterion=criterion,
         device=job.device,
         seed=job.recipe.seed,
-        num_classes=source.num_classes if source.labels_reason is None else None,
-        data_id=source.fingerprint,
+        data_id=job.source.fingerprint,
     )
 
 
 def _train(
-    job: Job, settings: Any, net: nn.Module, parent: Bundle, *, label: str, teacher: nn.Module | None
+    job: Job,
+    settings: Any,
+    net: nn.Module,
+    *,
+    lineage: dict[str, JSON],
+    label: str,
+    teacher: nn.Module | None,
 ) -> StageRecord:
     checkpoint = job.folder.file(f"{label}.checkpoint")
     result = train(
         net,
-        job.source(),
+        job.source,
         config=train_config(job.recipe, settings),
         device=job.device,
         teacher=teacher,
         checkpoint=checkpoint,
     )
-    history = {**parent.lineage.get("history", {}), label: [asdict(row) for row in result.history]}
-    name = job.keep(label, net, parent=parent, history=history)
+    chosen = {"epoch": result.best_epoch, "val_top1": result.best_val_top1}
+    lineage |= {
+        "history": {**lineage.get("history", {}), label: [asdict(row) for row in result.history]},
+        "selection": {**lineage.get("selection", {}), label: chosen},
+    }
+    name, saved = job.keep(label, net, lineage=lineage, trained=True)
     checkpoint.unlink(missing_ok=True)  # the finished model has taken its place
-    selection = {"epoch": result.best_epoch, "val_top1": result.best_val_top1}
-    known = job.fact("selection") or {}
-    trained = {"trained": True} if label == "base" else {}
-    return StageRecord(settings.kind, {label: name}, trained | {"selection": {**known, label: selection}})
+    return StageRecord(settings.kind, {label: name}, {"trained": True, SAVED_CHECK: saved})
 
 
-def _teacher(job: Job) -> nn.Module | None:
-    """The base: of this run, or the file that the model at hand says it was pruned from."""
-    if job.label != "base":
-        return job.bundle("base").net
-    base = job.bundle("base").lineage.get("base")
-    if isinstance(base, str) and Path(base).is_file():
-        console.log(f"taught by {base}")
-        return load_bundle(Path(base), arch=job.recipe.model.arch).net.to(job.device)
-    console.log("no base model is at hand: fine-tuning without distillation")
-    return None
-
-
-def _base_file(job: Job) -> str | None:
-    """Where the net that was pruned lies: a later fine-tune may want it as its teacher."""
-    path = job.artifact("base") or Path(job.recipe.model.source)
-    return str(path.resolve()) if path.is_file() else None
+def _export(job: Job, label: str, path: Path, images: torch.Tensor, settings: Any) -> Check:
+    """Export one net and hold it to torch; CheckError where it differs, or can't be told."""
+    bundle = job.bundle(label)
+    net = copy.deepcopy(bundle.net).cpu().eval()
+    export_onnx(
+        net,
+        path,
+        example=images[:1],
+        spec=bundle.spec,
+        lineage=_public_lineage(bundle),
+        opset=settings.opset,
+        dynamic_batch=settings.dynamic_batch,
+    )
+    check = check_onnx_parity(net, path, images)
+    if check.passed is False:
+        if job.artifact(job.label) is not None:
+            job.folder.reject(f"{job.label}.pt")
+        raise CheckError(
+            f"the ONNX file of the {label} net does not equal it: relative error {check.relative_error}",
+            remedy="No ONNX file was written; a model of this run is marked rejected. Please report it.",
+        )
+    if check.passed is None and not settings.allow_vacuous:
+        raise CheckError(
+            f"whether the ONNX file of the {label} net equals it can't be told: {check.reason}",
+            remedy="Use real, different images and a trained net, or pass --allow-vacuous.",
+        )
+    return check
 
 
 def _public_lineage(bundle: Bundle) -> dict[str, JSON]:
@@ -371,26 +374,19 @@ def _public_lineage(bundle: Bundle) -> dict[str, JSON]:
     return public | {"data": bundle.lineage.get("data", {}).get("fingerprint")}
 
 
-def _ranking_json(ranking: Ranking) -> dict[str, JSON]:
-    return {"schema": RANKING_SCHEMA, **asdict(ranking)}
+def _ranking_json(job: Job, ranking: Ranking) -> dict[str, JSON]:
+    return {"schema": RANKING_SCHEMA, "trained": job.spec.trained, **asdict(ranking)}
 
 
-def _read_json(path: Path) -> JSON:
+def _read_plan(path: Path, coupling: Coupling) -> PruningPlan:
+    """Read a plan and hold it to the net, before anything is measured for it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path} can't be read as JSON: {error}", remedy="Pass a plan.json of sepress."
-        ) from error
-
-
-def _run_digest(recipe: Recipe) -> str:
-    """What a run's results depend on: the recipe, and the model file's content."""
-    digest = hashlib.sha256(recipe_digest(recipe).encode())
-    path = Path(recipe.model.source)
-    if path.is_file():
-        digest.update(sha256(path).encode())
-    return digest.hexdigest()
+        raise InputError(f"{path} can't be read: {error}", remedy="Pass a plan.json of sepress.") from error
+    plan = plan_from_json(value)
+    check_plan(plan, coupling)
+    return plan
 
 
 def _default_folder(recipe: Recipe) -> Path:

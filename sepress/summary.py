@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor
 
 from sepress.constraints import evaluate, parse_constraint
-from sepress.job import Job
+from sepress.job import SAVED_CHECK, Job
 from sepress.measure import count_macs, count_params, environment
 from sepress.types import JSON, Check, GroupRow, Measurement, Report
 
@@ -17,12 +18,15 @@ def build_report(job: Job) -> Report:
     """Put together what the finished stages found; every figure that is missing says why."""
     labels = job.labels
     example = job.example()
+    source = Path(job.recipe.model.source)
     artifacts = {
-        "model": job.artifact(labels[-1]),
+        "model": job.artifact(labels[-1]) or (source if source.is_file() else None),
         "onnx": job.artifact("onnx"),
         "plan": job.artifact("plan"),
         "ranking": job.artifact("ranking"),
+        "base_onnx": job.artifact("base_onnx"),
         "report": job.folder.file("report.json"),
+        "report_md": job.folder.file("report.md"),
         "recipe": job.folder.file("recipe.yaml"),
     }
     report = Report(
@@ -34,6 +38,7 @@ def build_report(job: Job) -> Report:
                 job.fact("masked_equals_removed"), "nothing was pruned in this run"
             ),
             "onnx_parity": _check(job.fact("onnx_parity"), "nothing was exported in this run"),
+            SAVED_CHECK: _check(job.fact(SAVED_CHECK), "no model was saved in this run"),
         },
         artifacts={role: None if path is None else str(path.resolve()) for role, path in artifacts.items()},
         environment=environment() | {"device": str(job.device), "seed": job.recipe.seed},
@@ -41,7 +46,9 @@ def build_report(job: Job) -> Report:
         recipe=job.recipe.model_dump(mode="json", exclude={"out"}),
         notes=job.notes,
         trained=bool(job.fact("trained")),
-        selection=job.fact("selection") or {},
+        selection=job.newest.lineage.get("selection", {}),
+        data=_data(job),
+        preprocessing=dataclasses.asdict(job.spec.preprocessing),
     )
     results = [evaluate(parse_constraint(text), report) for text in job.recipe.require]
     return dataclasses.replace(report, constraints=tuple(result.to_json() for result in results))
@@ -57,7 +64,7 @@ def _measurement(job: Job, label: str, example: Tensor) -> Measurement:
         reasons |= dict.fromkeys(("split", "n", "top1", "top5", "loss"), "not evaluated in this run")
         accuracy = {}
     else:
-        missing = [name for name in ("top1", "top5", "loss") if accuracy[name] is None]
+        missing = [name for name in ("split", "n", "top1", "top5", "loss") if accuracy[name] is None]
         reasons |= dict.fromkeys(missing, accuracy["reason"])
     if size is None:
         reasons |= dict.fromkeys(("bytes", "latency_ms", "latency"), "not exported in this run")
@@ -76,6 +83,15 @@ def _measurement(job: Job, label: str, example: Tensor) -> Measurement:
         per_class=accuracy.get("per_class"),
         reasons=reasons,
     )
+
+
+def _data(job: Job) -> dict[str, JSON]:
+    """What is known of the images; one that was unreadable in any stage is counted, and named."""
+    seen = [record.facts["data"] for record in job.records if "data" in record.facts]
+    names = dict.fromkeys(name for data in seen for name in data["corrupt"]["names"])
+    count = max((data["corrupt"]["count"] for data in seen), default=0)
+    latest = seen[-1] if seen else job.source.describe()
+    return {**latest, "corrupt": {"count": max(count, len(names)), "names": list(names)}}
 
 
 def _check(fact: Mapping[str, JSON] | None, otherwise: str) -> Check:

@@ -76,7 +76,7 @@ def test_the_saved_pruned_net_is_the_one_that_was_measured(model: Path) -> None:
     assert outcome.report is not None
     assert sum(p.numel() for p in bundle.net.parameters()) == outcome.report.measurements[-1].params
     assert bundle.lineage["plans"][0]["criterion"] == "contribution"
-    assert bundle.lineage["base"] == str(model.resolve())
+    assert bundle.lineage["base"]["path"] == str(model.resolve())
 
 
 def test_finished_stages_are_reused_and_a_damaged_file_is_made_again(
@@ -103,7 +103,7 @@ def test_finished_stages_are_reused_and_a_damaged_file_is_made_again(
 def test_a_folder_of_another_recipe_or_of_other_files_is_refused(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     stages.run_recipe(prune_recipe(model), out=out)
-    with pytest.raises(InputError, match="another recipe"):
+    with pytest.raises(InputError, match="its recipe differ"):
         stages.run_recipe(prune_recipe(model, seed=1), out=out)
     other = tmp_path / "other"
     other.mkdir()
@@ -119,7 +119,7 @@ def test_another_model_file_under_the_same_name_is_not_taken_for_the_one_that_wa
     out = tmp_path / "run"
     first = stages.run_recipe(prune_recipe(model), out=out)
     shutil.copy(first.folder / "pruned.pt", model)
-    with pytest.raises(InputError, match="another recipe"):
+    with pytest.raises(InputError, match="model file differ"):
         stages.run_recipe(prune_recipe(model), out=out)
 
 
@@ -190,7 +190,11 @@ def test_fine_tuning_is_taught_by_the_base_and_selected_on_validation(model: Pat
     )
     alone = recipe(tune, model={"source": str(outcome.folder / "pruned.pt")}, device="cpu")
     verb = stages.run_recipe(alone, out=tmp_path / "verb")
-    assert [m.label for m in verb.report.measurements] == ["base", "tuned"]
+    assert [m.label for m in verb.report.measurements] == [
+        "base",
+        "pruned",
+        "tuned",
+    ]  # its file knows its base
 
 
 def test_the_printed_report_has_absolute_paths_and_the_file_relative_ones(model: Path) -> None:
@@ -220,3 +224,152 @@ def test_an_unlabelled_folder_calibrates_and_its_accuracy_is_null_with_the_reaso
     tune = {"finetune": {"epochs": 1}}
     with pytest.raises(InputError, match="labels"):
         stages.run_recipe(prune_recipe(model, tune, data={"path": str(folder)}), out=tmp_path / "tuned")
+
+
+def class_folders(root: Path, *, classes: int = 3, each: int = 14) -> Path:
+    """Drawn 28 px images: a class is where the bright bar stands."""
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(0)
+    for label in range(classes):
+        folder = root / f"class{label}"
+        folder.mkdir(parents=True)
+        for index in range(each):
+            pixels = (100 * torch.rand(28, 28, generator=generator)).to(torch.uint8)
+            pixels[:, 8 * label : 8 * label + 6] += 150
+            Image.fromarray(pixels.numpy()).save(folder / f"{index}.png")
+    return root
+
+
+def test_a_model_knows_its_data_from_any_folder_and_changed_data_are_not_taken_for_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = class_folders(tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    training = recipe(TRAIN, model=WIDTH, data={"path": "photos", "batch_size": 8}, device="cpu")
+    base = stages.run_recipe(training, out=tmp_path / "trained").folder / "base.pt"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    out = tmp_path / "run"
+    report = stages.run_recipe(prune_recipe(base), out=out).report
+    assert report.data["path"] == str(photos)
+    assert report.measurements[0].split == "test"
+    next((photos / "class0").glob("*.png")).unlink()
+    with pytest.raises(InputError, match="its data differ"):
+        stages.run_recipe(prune_recipe(base), out=out)
+
+
+def test_what_is_refused_leaves_no_folder(model: Path, tmp_path: Path) -> None:
+    for wrong in (
+        recipe(PRUNE, model={"source": str(tmp_path / "missing.pt")}),
+        prune_recipe(model, data={"path": str(tmp_path / "nowhere")}),
+        recipe({"prune": {"plan": str(tmp_path / "no-plan.json")}}, model={"source": str(model)}),
+    ):
+        with pytest.raises(InputError):
+            stages.run_recipe(wrong)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_a_run_folder_that_is_a_file_is_an_input_error(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match="can't be used"):
+        stages.run_recipe(prune_recipe(model), out=tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_plan_keeps_the_evidence_that_it_was_made_by(model: Path, tmp_path: Path) -> None:
+    by_l2 = {"prune": {**PRUNE["prune"], "criterion": "l2"}}
+    dry = recipe(by_l2, model={"source": str(model)}, device="cpu")
+    folder = stages.run_recipe(dry, out=tmp_path / "dry", dry_run=True).folder
+    applied = recipe(
+        {"prune": {"plan": str(folder / "plan.json")}}, model={"source": str(model)}, device="cpu"
+    )
+    report = stages.run_recipe(applied, out=tmp_path / "run").report
+    assert report.criterion == "l2"
+    assert all(row.evidence.startswith("L2") for row in report.groups if row.role != "frozen")
+    assert any(row.mean_excitation is not None for row in report.groups)
+
+
+def test_a_pruned_foreign_net_is_fine_tuned_with_its_base_as_teacher(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tmp_path / "weights.pth"
+    torch.save(load_bundle(model).net.state_dict(), weights)
+    foreign = {"source": str(weights), "arch": "sepress:se_resnet8", "kwargs": WIDTH["kwargs"]}
+    pruned = stages.run_recipe(recipe(PRUNE, model=foreign, **DIGITS), out=tmp_path / "pruned")
+    teachers: list[Any] = []
+    plain = stages.train
+    monkeypatch.setattr(
+        stages, "train", lambda *args, **named: teachers.append(named["teacher"]) or plain(*args, **named)
+    )
+    tune = recipe(
+        {"finetune": {"epochs": 1, "lr": 0.02}},
+        model={"source": str(pruned.folder / "pruned.pt")},
+        device="cpu",
+        require=["macs_ratio<=0.5"],
+    )
+    report = stages.run_recipe(tune, out=tmp_path / "tuned").report
+    (teacher,) = teachers
+    assert sum(p.numel() for p in teacher.parameters()) == report.measurements[0].params
+    assert report.constraints[0]["passed"] is True
+
+
+def test_a_net_whose_output_never_varies_is_not_exported_without_the_flag(
+    model: Path, tmp_path: Path
+) -> None:
+    from sepress.bundle import save_bundle
+
+    bundle = load_bundle(model)
+    with torch.no_grad():
+        bundle.net.fc.weight.zero_()
+    save_bundle(bundle, tmp_path / "constant.pt")
+    constant = {"source": str(tmp_path / "constant.pt")}
+    with pytest.raises(CheckError, match="can't be told"):
+        stages.run_recipe(recipe("export", model=constant, device="cpu"), out=tmp_path / "run")
+    assert not list((tmp_path / "run").glob("*.onnx"))
+    allowed = recipe({"export": {"allow_vacuous": True}}, model=constant, device="cpu")
+    report = stages.run_recipe(allowed, out=tmp_path / "allowed").report
+    assert report.checks["onnx_parity"].passed is None
+    assert report.artifacts["onnx"] is not None
+
+
+def test_a_factory_of_the_users_own_is_pruned_and_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mynets.py").write_text(
+        "from sepress.models.se_resnet import se_resnet8\n"
+        "def three():\n    return se_resnet8(num_classes=3, in_chans=1, width=8)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    what = recipe(
+        PRUNE,
+        model={
+            "source": "mynets:three",
+            "random_weights": True,
+            "input_size": [1, 28, 28],
+            "mean": [0.5],
+            "std": [0.5],
+        },
+        data={"path": str(class_folders(tmp_path / "photos"))},
+        device="cpu",
+    )
+    first = stages.run_recipe(what, out=tmp_path / "run")
+    assert first.report.trained is False
+    assert stages.run_recipe(what, out=tmp_path / "run").report == first.report
+
+
+def test_unreadable_images_within_the_allowed_share_are_counted_and_named_in_the_report(
+    model: Path, tmp_path: Path
+) -> None:
+    photos = class_folders(tmp_path / "photos", classes=10, each=12)
+    broken = photos / "class3" / "5.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    data = {"path": str(photos), "allow_corrupt": 0.2, "classes": [f"class{n}" for n in range(10)]}
+    what = recipe(
+        {"prune": {**PRUNE["prune"], "calibration_images": 500}},
+        model={"source": str(model)},
+        data=data,
+        device="cpu",
+    )
+    report = stages.run_recipe(what, out=tmp_path / "run").report
+    assert report.data["corrupt"] == {"count": 1, "names": ["class3/5.png"]}
