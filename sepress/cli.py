@@ -161,6 +161,12 @@ class CriterionOptions(OptionGroup):
             help="contribution (default), mean-excitation, fisher, l2, group-taylor or random.",
         ),
     ] = None
+
+
+class CalibrationOptions(OptionGroup):
+    panel = "Ranking"
+    section = "stage"
+
     calibration_images: Annotated[
         int | None, typer.Option("--calibration-images", help="Images that excitation is measured on (512).")
     ] = None
@@ -206,6 +212,12 @@ class SurgeryOptions(OptionGroup):
     plan: Annotated[
         str | None, typer.Option("--plan", metavar="FILE", help="Apply this plan.json as it stands.")
     ] = None
+
+
+class CheckOptions(OptionGroup):
+    panel = "Checks"
+    section = "stage"
+
     allow_vacuous: Annotated[
         bool, typer.Option("--allow-vacuous", help="Accept a check that can't tell.")
     ] = False
@@ -380,18 +392,23 @@ def _pairs(texts: Iterable[str], flag: str) -> dict[str, str]:
 
 
 # ---- running and printing -------------------------------------------------------------------------
-def execute(recipe: "Recipe", *, out: Path | None, as_json: bool, dry_run: bool = False) -> None:
-    """Run the recipe, print its report (of a dry run its plan), and hold it to its constraints."""
+def execute(
+    recipe: "Recipe", *, out: Path | None, as_json: bool, dry_run: bool = False, ranking: bool = False
+) -> None:
+    """Run the recipe, print its report (its `ranking`, of a dry run its plan), hold it to its constraints."""
     with _stdout_kept():
         from sepress import stages
 
         outcome = stages.run_recipe(recipe, out=out, dry_run=dry_run)
     if outcome.plan is not None:
         _print_plan(outcome.plan, as_json=as_json)
+    elif outcome.report is not None and ranking and not as_json:
+        _print_ranking(outcome.report)
     elif outcome.report is not None:
         _print_report(outcome.report, as_json=as_json)
-        _require(outcome.report)
     console.log(f"written to {outcome.folder}")
+    if outcome.report is not None:
+        _require(outcome.report)
 
 
 @contextlib.contextmanager
@@ -424,6 +441,16 @@ def _print_report(report: "Report", *, as_json: bool) -> None:
         _print(render_report(report))
 
 
+def _print_ranking(report: "Report") -> None:
+    from rich.console import Group
+    from rich.text import Text
+
+    from sepress.report import render_groups
+
+    lines = [*report.notes, "", f"Every channel's score: {report.artifacts['ranking']}"]
+    _print(Group(render_groups(report), *(Text(line, overflow="fold") for line in lines)))
+
+
 def _print_plan(plan: "PruningPlan", *, as_json: bool) -> None:
     from rich.console import Group
     from rich.table import Table
@@ -449,7 +476,7 @@ def _print_plan(plan: "PruningPlan", *, as_json: bool) -> None:
 def _print_json(value: Any) -> None:
     import json
 
-    _write(json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+    _write(json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def _print(renderable: "RenderableType") -> None:
@@ -550,13 +577,14 @@ def rank(
     model: ModelOptions,
     data: DataOptions,
     criterion: CriterionOptions,
+    calibration: CalibrationOptions,
     run: RunOptions,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
     """Score every channel by what it does on calibration images."""
-    draft = Draft().add(model, data, run).stage("rank", criterion)
-    execute(draft.recipe("ranked"), out=out, as_json=as_json)
+    draft = Draft().add(model, data, run).stage("rank", criterion, calibration)
+    execute(draft.recipe("ranked"), out=out, as_json=as_json, ranking=True)
 
 
 @_command(
@@ -569,8 +597,10 @@ def prune(
     model: ModelOptions,
     data: DataOptions,
     criterion: CriterionOptions,
+    calibration: CalibrationOptions,
     plan: PlanOptions,
     surgery: SurgeryOptions,
+    checks: CheckOptions,
     run: RunOptions,
     finetune_epochs: Annotated[
         int, typer.Option("--finetune-epochs", min=0, help="Then train on.", rich_help_panel="Training")
@@ -581,11 +611,21 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Remove the channels that matter least; check, evaluate and export what is left."""
-    draft = Draft().add(model, data, run).stage("prune", criterion, plan, surgery)
+    if dry_run and surgery.plan:
+        raise InputError(
+            "--dry-run makes a plan, and --plan gives one", remedy="Leave out one of the two; see plan.json."
+        )
+    if dry_run and require:
+        raise InputError(
+            "--require needs a pruned model, and --dry-run makes none",
+            remedy="Leave out --dry-run, or --require.",
+        )
+    draft = Draft().add(model, data, run)
+    draft.stage("prune", criterion, calibration, plan, surgery, checks)
     draft.marks["stages", 0, "prune"] = "--ratio, --target-macs, --target-params, --plan"
     if finetune_epochs:
         draft.stage("finetune", epochs=finetune_epochs)
-    draft.stage("evaluate").stage("export")
+    draft.stage("evaluate").stage("export", checks)
     execute(draft.require(require).recipe("pruned"), out=out, as_json=as_json, dry_run=dry_run)
 
 
@@ -625,34 +665,38 @@ def export(
     model: ModelOptions,
     data: DataOptions,
     onnx: ExportOptions,
+    checks: CheckOptions,
     run: RunOptions,
     require: Require = None,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
     """Write ONNX that agrees with the model on real images, and time it."""
-    draft = Draft().add(model, data, run).stage("export", onnx)
+    draft = Draft().add(model, data, run).stage("export", onnx, checks)
     execute(draft.require(require).recipe("exported"), out=out, as_json=as_json)
 
 
-Format = Annotated[str, typer.Option("--format", metavar="FORMAT", help="terminal, markdown or json.")]
+Format = Annotated[str, typer.Option("--format", metavar="FORMAT", help="terminal or markdown.")]
 
 
 @_command("sepress report runs/quickstart", "sepress report runs/quickstart --format markdown")
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or its report.json.")],
     format: Format = "terminal",
+    as_json: AsJson = False,
 ) -> None:
     """Show the report of an earlier run."""
     from sepress.report import report_to_markdown
 
-    if format not in ("terminal", "markdown", "json"):
-        raise InputError(f"--format {format}: expected terminal, markdown or json")
+    if format not in ("terminal", "markdown"):
+        raise InputError(f"--format {format}: expected terminal or markdown; JSON is printed with --json")
+    if as_json and format == "markdown":
+        raise InputError("--json and --format markdown exclude each other")
     found = _read_report(run / "report.json" if run.is_dir() else run)
     if format == "markdown":
         _write(report_to_markdown(found))
     else:
-        _print_report(found, as_json=format == "json")
+        _print_report(found, as_json=as_json)
 
 
 def _read_report(path: Path) -> "Report":
@@ -679,6 +723,7 @@ def _read_report(path: Path) -> "Report":
 def compare(
     model: ModelOptions,
     data: DataOptions,
+    calibration: CalibrationOptions,
     plan: PlanOptions,
     run: RunOptions,
     criteria: Annotated[str, typer.Option("--criteria", metavar="NAME,...", rich_help_panel="Ranking")] = "",
@@ -693,13 +738,13 @@ def compare(
     from sepress.recipe import CRITERIA
 
     names = [name.strip() for name in criteria.split(",")] if criteria else list(CRITERIA)
-    for name in names:
-        draft = Draft().add(model, data, run).stage("prune", plan, criterion=name)
-        draft.marks["stages", 0, "prune"] = "--ratio, --target-macs, --target-params"
-        draft.marks["stages", 0, "prune", "criterion"] = "--criteria"
-        if finetune_epochs:
-            draft.stage("finetune", epochs=finetune_epochs)
-        recipe = draft.recipe("compared")  # the last one stands for all: they differ in the criterion only
+    if unknown := [name for name in names if name not in CRITERIA]:
+        raise InputError(f"--criteria {', '.join(unknown)}: expected any of {', '.join(CRITERIA)}")
+    draft = Draft().add(model, data, run).stage("prune", calibration, plan)
+    draft.marks["stages", 0, "prune"] = "--ratio, --target-macs, --target-params"
+    if finetune_epochs:
+        draft.stage("finetune", epochs=finetune_epochs)
+    recipe = draft.recipe("compared")
     if not all(seed.strip().isdecimal() for seed in seeds.split(",")):
         raise InputError(f"--seeds {seeds}: expected whole numbers with commas between, such as 0,1,2")
     with _stdout_kept():
@@ -725,6 +770,7 @@ def run(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as stages.prune.ratio=0.4."),
     ] = None,
+    require: Require = None,
     dry_run: DryRun = False,
     out: Out = None,
     as_json: AsJson = False,
@@ -732,7 +778,7 @@ def run(
     """Run a recipe; a folder of the same recipe is continued."""
     from sepress.recipe import check_inputs, load_recipe
 
-    loaded = load_recipe(recipe, settings or ())
+    loaded = load_recipe(recipe, settings or (), require=require or ())
     check_inputs(loaded)
     if not dry_run:
         execute(loaded, out=out, as_json=as_json)

@@ -406,6 +406,7 @@ def _explain(error: Mapping[str, Any]) -> str:
         .partition(", unable to")[0]
         .replace("Input should", "should")
         .replace("valid number", "number")
+        .replace("valid tuple", "list")
     )
     return message if isinstance(given, Mapping | list | tuple) else f"{message}, not {given!r}"
 
@@ -582,7 +583,7 @@ def _override(values: dict[str, Any], marks: dict[KeyPath, str], text: str) -> N
         elif not isinstance(place, dict):
             raise InputError(f"{mark}: {here} holds no keys", remedy=HELP)
         elif place.get(key) is None:
-            place[key] = {}
+            place[key], marks[tuple(keys[: depth + 1])] = {}, mark
         parent, place = place, place[keys[depth]]
     parent[keys[-1]] = value
     _spell_out(values)

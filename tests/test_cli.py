@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 import sepress
 from sepress import cli
 from sepress.errors import CheckError, ConstraintError, InputError, SepressError
-from sepress.recipe import STAGES, DataConfig, ModelConfig, PruneStage, Recipe
+from sepress.recipe import CRITERIA, STAGES, DataConfig, ExportStage, ModelConfig, PruneStage, Recipe
 from sepress.report import report_to_json
-from sepress.types import Check, Measurement, Policy, PruningPlan, Report
+from sepress.types import Check, GroupRow, Measurement, Policy, PruningPlan, Report
 
 BASE = Measurement(
     "base", "test", 100, 0.98, 1.0, 0.1, 1000, 100, None, None, None, reasons={"bytes": "not exported"}
@@ -28,11 +28,18 @@ BASE = Measurement(
 REPORT = Report(
     name="model",
     measurements=(BASE, replace(BASE, label="pruned", top1=0.9, macs=500)),
-    groups=(),
+    groups=(GroupRow("conv1", "gated", 4, 4, evidence="contribution", mean_excitation=0.25),),
     checks={"masked_equals_removed": Check(True, 1e-7), "onnx_parity": Check(None, None, "not exported")},
-    artifacts={"model": "model-pruned/pruned.pt", "onnx": None, "plan": None, "report": None},
+    artifacts={
+        "model": "model-pruned/pruned.pt",
+        "onnx": None,
+        "plan": None,
+        "ranking": "model-pruned/ranking.json",
+        "report": None,
+    },
     environment={},
     criterion="contribution",
+    notes=("calibrated on 64 images",),
 )
 PLAN = PruningPlan(
     policy=Policy(ratio=0.5),
@@ -45,6 +52,7 @@ PLAN = PruningPlan(
     macs_after=50,
     params_before=10,
     params_after=5,
+    notes=("UNTRAINED: the net has random weights",),
 )
 
 
@@ -179,6 +187,25 @@ def test_what_is_not_typed_is_the_recipes_default(stages: Stages) -> None:
     assert [stage.kind for stage in recipe.stages] == ["prune", "evaluate", "export"]
 
 
+def test_a_loading_option_alone_leaves_the_data_to_the_model_file(stages: Stages) -> None:
+    assert call("prune model.pt --ratio 0.3 --batch-size 32").exit_code == 0
+    assert stages.recipes[0].data == DataConfig(path=None, batch_size=32)
+
+
+def test_checks_that_can_not_tell_are_accepted_by_every_stage_that_checks(stages: Stages) -> None:
+    assert call("prune model.pt --ratio 0.3 --allow-vacuous").exit_code == 0
+    assert call("export model.pt --allow-vacuous").exit_code == 0
+    pruning, exporting = stages.recipes
+    assert pruning.stages[0] == PruneStage(ratio=0.3, allow_vacuous=True)
+    assert pruning.stages[-1] == exporting.stages[0] == ExportStage(allow_vacuous=True)
+
+
+def test_a_plan_is_applied_as_it_stands(stages: Stages) -> None:
+    line = "prune model.pt --plan model-pruned/plan.json --calibration-images 64"
+    assert call(line).exit_code == 0
+    assert stages.recipes[0].stages[0] == PruneStage(plan="model-pruned/plan.json", calibration_images=64)
+
+
 def test_a_run_on_a_name_is_named_after_it(stages: Stages) -> None:
     assert call("rank timm:seresnet50 --data digits").exit_code == 0
     assert stages.recipes[0].name == "seresnet50-ranked"
@@ -193,11 +220,18 @@ def test_inspect_of_a_name_asks_for_no_weights_and_no_images(stages: Stages) -> 
 
 def test_compare_takes_criteria_and_seeds(stages: Stages) -> None:
     line = (
-        "compare model.pt --criteria l2,random --target-macs 0.5 --seeds 0,1 --finetune-epochs 2 --out there"
+        "compare model.pt --criteria l2,random --target-macs 0.5 --seeds 0,1 --finetune-epochs 2 "
+        "--calibration-images 64 --out there"
     )
     assert call(line).stdout == "| criterion |\n"
     assert stages.arguments == {"criteria": ["l2", "random"], "seeds": [0, 1], "out": Path("there")}
     assert [stage.kind for stage in stages.recipes[0].stages] == ["prune", "finetune"]
+    assert stages.recipes[0].stages[0] == PruneStage(target_macs=0.5, calibration_images=64)
+
+
+def test_compare_takes_every_criterion_where_none_is_named(stages: Stages) -> None:
+    assert call("compare model.pt --ratio 0.3").exit_code == 0
+    assert stages.arguments["criteria"] == list(CRITERIA)
 
 
 def test_every_option_sets_a_key_that_recipes_have() -> None:
@@ -245,24 +279,41 @@ def test_defaults_in_the_help_are_the_recipes() -> None:
             "prune model.pt --ratio 0.3 --classes gone.txt --data photos",
             "--classes: there is no file gone.txt",
         ),
-        ("prune model.pt --ratio 0.3 --batch-size 8", "--data: this key is required"),
+        ("prune model.pt --ratio 0.3 --batch-size 1", "--batch-size: should be greater than or equal to 2"),
         ("prune model.pt --ratio 0.3 --arch resnet18", "--arch: 'resnet18' alone does not say"),
         ("prune model.pt --ratio 0.3 --input-size 3,x", "--input-size: expected a number"),
         ("prune model.pt --ratio 0.3 --device tpu", "--device: "),
         ("prune model.pt --plan gone.json", "there is no plan gone.json"),
-        ("prune model.pt --plan model-pruned/plan.json --ratio 0.3", "a plan says what is removed"),
+        ("prune model.pt --plan model-pruned/plan.json --ratio 0.3", "it takes no ratio"),
+        ("prune model.pt --plan model-pruned/plan.json --criterion contribution", "it takes no criterion"),
+        (
+            "prune model.pt --plan model-pruned/plan.json --round-to 8 --min-width 8 --scope global",
+            "it takes no scope, round_to, min_width",
+        ),
+        (
+            "prune model.pt --plan model-pruned/plan.json --dry-run",
+            "--dry-run makes a plan, and --plan gives",
+        ),
+        ("prune model.pt --ratio 0.3 --dry-run --require 'top1>=0.9'", "--require needs a pruned model"),
+        ("train model.pt --data digits", "training starts from random weights: model.pt is a model file"),
         ("train sepress:se_resnet8", "training needs data"),
         ("train sepress:se_resnet8 --data digits --epochs 0", "--epochs: should be greater than"),
         ("evaluate sepress:se_resnet8 --data digits", "has no pretrained weights"),
         ("evaluate model.pt --split all", "--split: should be 'test', 'val' or 'train'"),
         ("export model.pt --opset 3", "--opset: should be greater than or equal to 18"),
-        ("compare model.pt --criteria l2,magic --ratio 0.3", "--criteria: should be 'contribution'"),
+        (
+            "compare model.pt --criteria l2,magic --ratio 0.3",
+            "--criteria magic: expected any of contribution",
+        ),
         ("compare model.pt --criteria l2 --ratio 0.3 --seeds a", "--seeds a: expected whole numbers"),
         ("run gone.yaml", "there is no recipe 'gone.yaml'"),
         ("run recipe.yaml --set stages.prune.ratio=2", "--set stages.prune.ratio: should be less than 1"),
+        ("run recipe.yaml --require 'top1>2'", "--require: top1 is a fraction"),
+        ("run recipe.yaml --set require.a=1", "--set require.a: should be a list"),
         ("report gone", "gone can't be read as a report"),
         ("report recipe.yaml", "recipe.yaml can't be read as a report"),
-        ("report runs/quickstart --format html", "--format html: expected terminal, markdown or json"),
+        ("report runs/quickstart --format html", "--format html: expected terminal or markdown"),
+        ("report runs/quickstart --format markdown --json", "--json and --format markdown exclude"),
     ],
 )
 def test_a_wrong_argument_is_explained_before_anything_runs(line: str, message: str, stages: Stages) -> None:
@@ -325,6 +376,7 @@ def test_an_unmet_constraint_exits_with_3_after_the_report(stages: Stages) -> No
     assert done.exit_code == 3
     assert json.loads(done.stdout)["schema"] == "sepress.report/1"
     assert "top1_drop<=0.01: not met at 0.08" in done.stderr
+    assert done.stderr.index("written to model-pruned") < done.stderr.index("not met")
 
 
 # ---- stdout ---------------------------------------------------------------------------------------
@@ -341,6 +393,22 @@ def test_json_is_one_object_on_stdout_whatever_libraries_print(
     assert (captured.out, captured.err) == ("", "C code that talks\n")
 
 
+def test_json_is_ascii_whatever_the_encoding_of_stdout(stages: Stages) -> None:
+    stages.report = replace(REPORT, name="modèle")
+    done = call("prune model.pt --ratio 0.3 --json")
+    assert done.stdout.isascii()
+    assert json.loads(done.stdout)["name"] == "modèle"
+
+
+def test_rank_prints_the_groups_and_where_the_scores_are(stages: Stages) -> None:
+    stdout = call("rank model.pt").stdout
+    assert re.search(r"conv1 +gated +4 +0\.25\d* +contribution", stdout)
+    assert "calibrated on 64 images" in stdout
+    assert "model-pruned/ranking.json" in stdout
+    assert "Top-1" not in stdout
+    assert json.loads(call("rank model.pt --json").stdout)["schema"] == "sepress.report/1"
+
+
 def test_a_person_gets_a_table(stages: Stages) -> None:
     stdout = call("prune model.pt --ratio 0.3").stdout
     assert "base" in stdout
@@ -353,6 +421,7 @@ def test_a_dry_run_of_prune_shows_widths_predictions_and_evidence(stages: Stages
     assert stages.arguments["dry_run"]
     assert re.search(r"conv1 +4 +2 +50% +weights", done.stdout)
     assert "MACs 100 -> 50 (50.0%), params 10 -> 5 (50.0%)" in done.stdout
+    assert "UNTRAINED" in done.stdout
     value = json.loads(call("prune model.pt --ratio 0.5 --dry-run --json").stdout)
     assert value["groups"][0]["removed"] == [0, 1]
 
@@ -365,12 +434,18 @@ def test_a_dry_run_of_a_recipe_says_what_would_run(stages: Stages) -> None:
     assert not stages.arguments
 
 
+def test_run_adds_constraints_to_the_recipes_own(stages: Stages) -> None:
+    line = "run recipe.yaml --set 'require=[top1>=0.5]' --require 'top1_drop<=1%' --require 'macs<=1e9'"
+    assert call(line).exit_code == 0
+    assert stages.recipes[0].require == ("top1>=0.5", "top1_drop<=1%", "macs<=1e9")
+
+
 def test_run_prints_the_same_object_as_prune(stages: Stages) -> None:
     assert call("run recipe.yaml --json").stdout == call("prune model.pt --ratio 0.3 --json").stdout
 
 
 def test_a_report_is_shown_again_with_absolute_paths(stages: Stages) -> None:
-    value = json.loads(call("report runs/quickstart --format json").stdout)
+    value = json.loads(call("report runs/quickstart --json").stdout)
     assert value["artifacts"]["model"] == str(Path.cwd() / "model-pruned/pruned.pt")
     assert call("report runs/quickstart/report.json --format markdown").stdout.startswith("#")
 
@@ -411,5 +486,5 @@ def test_a_trained_file_is_pruned_by_two_short_commands(
     assert all(Path(path).is_file() for path in value["artifacts"].values() if path)
     assert call("prune --ratio 0.3 trained/base.pt --dry-run --device cpu").exit_code == 0
     assert (tmp_path / "trained/base-pruned-2/plan.json").is_file()
-    again = json.loads(call("report trained/base-pruned --format json").stdout)
+    again = json.loads(call("report trained/base-pruned --json").stdout)
     assert again == value
