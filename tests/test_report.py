@@ -12,9 +12,18 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from sepress.criteria import CRITERIA
 from sepress.errors import InputError
-from sepress.report import SCHEMA, render_report, report_from_json, report_to_json, report_to_markdown
+from sepress.report import (
+    SCHEMA,
+    render_groups,
+    render_report,
+    report_from_json,
+    report_to_json,
+    report_to_markdown,
+)
 from sepress.report.words import (
+    _CRITERIA,
     BYTES,
     LATENCY,
     MACS,
@@ -22,15 +31,19 @@ from sepress.report.words import (
     cell,
     check_words,
     class_changes,
+    comparisons,
     count,
+    data_words,
     milliseconds,
     missing,
     percent,
+    plain,
     points,
+    selection_words,
     size,
     summary,
 )
-from sepress.types import Check, GroupRow, Measurement, Report
+from sepress.types import Check, GroupRow, Measurement, Preprocessing, Report
 
 FIGURES = {"split", "n", "top1", "top5", "loss", "macs", "params", "bytes", "latency_ms", "latency"}
 NOT_EXPORTED = dict.fromkeys(("bytes", "latency_ms", "latency"), "not exported in this run")
@@ -114,6 +127,14 @@ def full_report(folder: str = "/runs/quickstart") -> Report:
         "figures": "base 0.986, tuned 0.979",
     }
     names = {"model": "tuned.pt", "onnx": "model.onnx", "plan": "plan.json", "report": "report.json"}
+    data = {
+        "path": "photos/digits",
+        "fingerprint": "5eed",
+        "splits": {"train": 3500, "val": 500, "test": 1000},
+        "labels_reason": None,
+        "notes": ["classes are taken in the data's order"],
+        "corrupt": {"count": 0, "names": []},
+    }
     return Report(
         name="quickstart",
         measurements=(base, pruned, tuned),
@@ -124,15 +145,45 @@ def full_report(folder: str = "/runs/quickstart") -> Report:
         criterion="contribution",
         recipe={"seed": 0},
         constraints=(constraint,),
-        notes=("digits: a fixed stratified split",),
+        notes=("classes are taken in the data's order", "digits: a fixed stratified split"),
         selection={"base": {"epoch": 7, "val_top1": 0.984}},
+        data=data,
+        preprocessing={
+            "input_size": [1, 28, 28],
+            "mean": [0.1307],
+            "std": [0.3081],
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "origin": "sepress: MNIST's training images",
+        },
     )
 
 
-def printed(report: Report, *, width: int = 60) -> str:
+def unmeasured(report: Report) -> Report:
+    """The report of a ranking: nothing evaluated, nothing exported, no plan."""
+    reasons = dict.fromkeys(("split", "n", "top1", "top5", "loss"), "not evaluated in this run")
+    figures = dict.fromkeys(reasons | NOT_EXPORTED)
+    base = dataclasses.replace(
+        report.measurements[0], **figures, per_class=None, reasons=reasons | NOT_EXPORTED
+    )
+    return dataclasses.replace(
+        report,
+        measurements=(base,),
+        groups=tuple(dataclasses.replace(row, width_after=row.width_before) for row in report.groups),
+        artifacts={"ranking": "/runs/r/ranking.json", "plan": None},
+        constraints=(),
+        selection={},
+    )
+
+
+def shown(renderable: object, *, width: int = 60) -> str:
     console = Console(file=io.StringIO(), width=width, force_terminal=False)
-    console.print(render_report(report))
+    console.print(renderable)
     return console.file.getvalue()
+
+
+def printed(report: Report, *, width: int = 60) -> str:
+    return shown(render_report(report), width=width)
 
 
 # ---- JSON -----------------------------------------------------------------------------------------
@@ -189,12 +240,15 @@ def test_a_report_comes_back_from_its_json(tmp_path: Path):
 
 def test_unknown_keys_are_ignored_and_extra_ones_may_be_missing():
     found = report_to_json(full_report()) | {"later": 1}
-    for key in ("criterion", "constraints", "notes", "recipe", "trained", "selection"):
+    later = ("criterion", "constraints", "notes", "recipe", "trained", "selection", "data", "preprocessing")
+    for key in later:
         del found[key]
     found["measurements"][0]["later"] = 2
     read = report_from_json(found)
     assert read.measurements == full_report().measurements
     assert (read.criterion, read.constraints, read.trained) == ("", (), True)
+    assert (read.data, read.preprocessing) == ({}, {})
+    assert "photos" not in printed(read) + report_to_markdown(read)
 
 
 @pytest.mark.parametrize(
@@ -207,6 +261,17 @@ def test_unknown_keys_are_ignored_and_extra_ones_may_be_missing():
         (lambda d: d["checks"]["onnx_parity"].update(passed="yes"), r"checks\.onnx_parity\.passed"),
         (lambda d: d.pop("environment"), "environment"),
         (lambda d: d["artifacts"].update(model=5), r"artifacts\.model"),
+        (lambda d: d.update(data=[]), "'data'"),
+        (lambda d: d["data"].update(path=5), r"data\.path"),
+        (lambda d: d["data"]["splits"].update(val="ten"), r"data\.splits\.val"),
+        (lambda d: d["data"]["notes"].append(5), r"data\.notes\[1\]"),
+        (lambda d: d["data"]["corrupt"].update(count=True), r"data\.corrupt\.count"),
+        (lambda d: d["data"]["corrupt"].update(names="a.png"), r"data\.corrupt\.names"),
+        (lambda d: d["preprocessing"].update(mean=[None]), r"preprocessing\.mean\[0\]"),
+        (lambda d: d["preprocessing"].update(input_size=[1.5]), r"preprocessing\.input_size\[0\]"),
+        (lambda d: d["preprocessing"].update(origin=5), r"preprocessing\.origin"),
+        (lambda d: d["selection"].update(base=7), r"selection\.base"),
+        (lambda d: d["notes"].append({}), r"notes\[2\]"),
     ],
 )
 def test_what_is_no_report_is_refused_with_the_key(change, key: str):
@@ -220,6 +285,33 @@ def test_what_is_no_report_is_refused_with_the_key(change, key: str):
 def test_another_schema_is_refused(value: object):
     with pytest.raises(InputError, match=r"expected 'sepress\.report/1'"):
         report_from_json(value)
+
+
+def test_data_and_preprocessing_keep_their_values_and_the_given_path(tmp_path: Path):
+    preprocessing = Preprocessing((3, 8, 8), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), origin="typed: mean")
+    report = dataclasses.replace(full_report(), preprocessing=dataclasses.asdict(preprocessing))
+    found = json.loads(json.dumps(report_to_json(report, relative_to=tmp_path), allow_nan=False))
+    assert found["data"] == report.data
+    assert found["data"]["path"] == "photos/digits"
+    assert found["preprocessing"] == {
+        "input_size": [3, 8, 8],
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.2, 0.2, 0.2],
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+        "origin": "typed: mean",
+    }
+
+
+def test_what_json_cannot_carry_is_escaped_or_null():
+    corrupt = {"count": 1, "names": ["rose/\udcff.jpg"]}  # a file name that is not UTF-8
+    report = dataclasses.replace(full_report(), data={"corrupt": corrupt}, environment={"x": float("inf")})
+    found = report_to_json(report)
+    assert json.dumps(found, allow_nan=False, ensure_ascii=False).encode()
+    assert found["data"]["corrupt"]["names"] == ["rose/\\udcff.jpg"]
+    assert found["environment"] == {"x": None}
+    assert "rose/\\\\udcff.jpg" in report_to_markdown(report)  # a backslash of Markdown each
+    assert report_to_markdown(dataclasses.replace(report, recipe={"a": "\udcff"})).encode()
 
 
 # ---- words ----------------------------------------------------------------------------------------
@@ -305,6 +397,101 @@ def test_checks_are_passed_failed_or_not_judged():
     )
 
 
+def test_a_saved_file_that_loads_equal_is_explained():
+    assert check_words("saved_equals_loaded", Check(True, 0.0)) == (
+        "Saved = loaded",
+        "passed",
+        "the model's file gives back the same net, bit for bit; relative error 0",
+    )
+
+
+def test_rows_without_accuracy_are_on_no_split_and_the_reason_is_said_once():
+    report = full_report()
+    base, pruned, tuned = report.measurements
+    nothing = dict.fromkeys(("top1", "top5", "loss"))
+    reasons = dict.fromkeys(nothing, "no labels") | NOT_EXPORTED
+    pruned = dataclasses.replace(pruned, split="test", n=0, **nothing, reasons=reasons)
+    report = dataclasses.replace(report, measurements=(base, pruned, tuned))
+    assert selection_words(report)[0] == "Accuracy of base, tuned: test, 1,000 images."
+    text = report_to_markdown(report)
+    assert text.count("no labels") == printed(report).count("no labels") == 1
+    assert " 0 images" not in text + printed(report)
+    ranked = unmeasured(report)
+    assert selection_words(ranked) == ["No weights were selected by accuracy in this run."]
+    assert "Top-1: right" not in printed(ranked)
+    assert "Top-1 of base: not evaluated in this run" in printed(ranked)
+
+
+def test_accuracies_on_different_images_each_name_theirs():
+    report = full_report()
+    base, pruned, tuned = report.measurements
+    pruned = dataclasses.replace(pruned, n=10)
+    tuned = dataclasses.replace(tuned, split="val", n=500)
+    report = dataclasses.replace(report, measurements=(base, pruned, tuned))
+    assert (
+        "Top-1: right at the first guess (base: test, 1,000 images; pruned: test, 10 images; "
+        "tuned: val, 500 images)." in printed(report, width=200)
+    )
+    text = report_to_markdown(report)
+    assert "- Accuracy of pruned: test, 10 images.\n- Accuracy of tuned: val, 500 images." in text
+
+
+def test_without_a_base_nothing_is_compared_and_that_is_said():
+    report = full_report()
+    base, pruned, tuned = report.measurements
+    alone = dataclasses.replace(report, measurements=(tuned,))
+    said = "No ratios and no differences: there is no base in this report to compare with."
+    assert comparisons(alone) == [said]
+    assert f"- {said}" in report_to_markdown(alone)
+    assert said in printed(alone, width=100)
+    assert summary(alone).startswith("The tuned network has 6.00 M multiply-accumulates (MACs) an image")
+    assert "ratio to the base" not in report_to_markdown(alone)
+    for rows in ((base,), (base, pruned), ()):
+        assert comparisons(dataclasses.replace(report, measurements=rows)) == []
+    only = report_to_markdown(dataclasses.replace(report, measurements=(base,)))
+    assert "ratio to the base" not in only
+    assert "## Classes" not in only
+
+
+def test_a_tuned_net_of_the_base_size_is_not_called_smaller():
+    report = full_report()
+    base, _, tuned = report.measurements
+    tuned = dataclasses.replace(tuned, macs=base.macs, params=base.params)
+    said = summary(dataclasses.replace(report, measurements=(base, tuned)))
+    assert said.startswith("The tuned network is as large as the base. It puts")
+
+
+def test_unreadable_images_are_counted_and_named_only_where_there_are_any():
+    report = full_report()
+    assert "could not be read" not in printed(report) + report_to_markdown(report)
+    names = [f"rose/{i}.jpg" for i in range(5)]
+    report = dataclasses.replace(report, data=report.data | {"corrupt": {"count": 7, "names": names}})
+    said = "7 images could not be read and were left out: rose/0.jpg, rose/1.jpg, rose/2.jpg and 4 more."
+    assert said in printed(report, width=200)
+    assert f"left out: {', '.join(names)} and 2 more." in report_to_markdown(report)
+    one = dataclasses.replace(report, data={"corrupt": {"count": 1, "names": ["a.jpg"]}})
+    assert data_words(one, named=3) == ["1 image could not be read and was left out: a.jpg."]
+
+
+def test_labels_that_are_not_used_are_explained_once():
+    report = full_report()
+    data = report.data | {"labels_reason": "3 classes, 10 outputs", "notes": []}
+    report = dataclasses.replace(report, data=data)
+    assert "The data's labels are not used: 3 classes, 10 outputs." in data_words(report, named=3)
+    reasons = {"top1": "3 classes, 10 outputs"}
+    row = dataclasses.replace(report.measurements[0], top1=None, reasons=reasons)
+    report = dataclasses.replace(report, measurements=(row,))
+    assert printed(report, width=200).count("3 classes, 10 outputs") == 1
+
+
+def test_every_criterion_is_explained():
+    assert set(_CRITERIA) == set(CRITERIA)
+
+
+def test_plain_text_moves_no_cursor():
+    assert plain("a\nb\tc\x1b[31md\u202e\udcff \u00fc") == "a b c\\x1b[31md\\u202e\\udcff \u00fc"
+
+
 def test_the_worst_class_comes_first():
     assert class_changes(full_report())[0] == ("one", 0.98, 0.93)
     assert class_changes(dataclasses.replace(full_report(), measurements=())) == []
@@ -324,16 +511,23 @@ def test_markdown_tells_everything_that_a_report_must_have():
         "| `fc` | frozen | not judged; frozen: it is the net's output | 3 | 3 | 100% | - |",
         "    0  0.000 0.125 0.250 0.375 0.500 0.625 0.750 0.875",
         "| one | 98.00% | 93.00% | -5.00 |",
-        "- Accuracy of base, pruned, tuned: split test (1,000 images).",
+        "- Accuracy of base, pruned, tuned: test, 1,000 images.",
+        "- Data: photos/digits (3,500 train, 500 val, 1,000 test images).\n"
+        "- Note: classes are taken in the data's order\n"
+        "- Preprocessing: input 1 x 28 x 28, mean 0.1307, std 0.3081, bilinear resizing, centre crop 100.0%, "
+        "taken from 'sepress: MNIST's training images'.\n",
+        "Criterion: contribution, the energy of a channel",
         "- Weights of base: those of epoch 7, by top-1 on validation, 98.40%.",
         "- Latency: onnxruntime 1.20.0, CPU, 1 thread, batch 1, on A Processor; median of 30 inter",
         "- Latency of tuned: 0.750 ms (p10 0.675 ms, p90 0.825 ms), 0.48x of base (p10 0.47x, p90 0.49x).",
         "- digits: a fixed stratified split",
         "| model | `tuned.pt` |",
+        "| report (JSON) | `report.json` |",
         "| torch | 2.9 |",
     ):
         assert expected in text
     assert "/runs" not in text
+    assert text.count("classes are taken in the data's order") == 1
 
 
 def test_accuracy_on_the_split_that_chose_the_weights_is_called_flattering():
@@ -351,7 +545,39 @@ def test_markdown_of_names_with_markup_keeps_its_tables():
     assert "- see \\*this\\* line" in text
     row = GroupRow("a|b", "gated", 2, 2, "x|y", None)
     table = report_to_markdown(dataclasses.replace(report, groups=(row,)))
-    assert "| `a\\|b` | gated | x\\|y | 2 | 2 | 100% | - |" in table
+    assert "| a\\|b | gated | x\\|y | 2 | 2 | 100% | - |" in table
+
+
+def test_hostile_names_break_no_table_and_no_line():
+    name = "a|b`c\\|\n\r\x1b[2J\u202e[x](y) _z_ se_hidden <i>"
+    report = full_report()
+    rows = tuple(
+        dataclasses.replace(row, label=name, reasons={"bytes": name}) for row in report.measurements[1:]
+    )
+    report = dataclasses.replace(
+        report,
+        name=name,
+        measurements=(report.measurements[0], *rows),
+        groups=(GroupRow(name, "gated", 4, 2, name, 0.5, (0.5,) * 4, name),),
+        checks={name: Check(False, None, reason=name)},
+        constraints=({"constraint": name, "actual": None, "passed": False, "reason": name},),
+        artifacts={name: f"/runs/{name}", "report": "/runs/report.json"},
+        environment={name: name},
+        notes=(name,),
+        data={"path": name, "notes": [name], "corrupt": {"count": 1, "names": [name]}},
+        preprocessing={"origin": name},
+        selection={name: {"epoch": 1}},
+    )
+    text = report_to_markdown(report)
+    escaped = "a{}b\\`c\\\\{}  \\\\x1b[2J\\\\u202e[x\\](y) \\_z\\_ se_hidden &lt;i&gt;"
+    assert text.startswith(f"# {escaped.format('|', '|')}\n")
+    assert f"| {escaped.format(*2 * [chr(92) + '|'])} | gated |" in text
+    tables = [line.replace("\\\\", "").replace("\\|", "") for line in text.splitlines() if line[:1] == "|"]
+    columns = {line.count("|") - 1 for line in tables}
+    assert columns == {9, 3, 7, 4, 2}  # results, checks and constraints, groups, classes, files
+    assert "[x](y)" not in text.split("<details><summary>Recipe")[0]
+    for output in (text, printed(report), shown(render_groups(report))):
+        assert not {"\x1b", "\r", "\u202e"} & set(output)
 
 
 def test_untrained_nets_are_called_untrained_everywhere():
@@ -383,7 +609,91 @@ def test_checks_and_files_follow_the_table():
     )
     assert "top1_drop<=0.01: met (0.007: base 0.986, tuned 0.979)" in text
     assert "1 of 3 groups of channels got narrower; judged by: contribution (2)." in text
+    assert "Data: photos/digits (3,500 train, 500 val, 1,000 test images).\n" in text.replace(" \n", "\n")
+    assert "Preprocessing: input 1 x 28 x 28, taken from 'sepress: MNIST's training images'." in text
+    assert "Note: classes are taken in the data's order" in text
     assert text.index("Masked") < text.index("Files in /runs/quickstart:") < text.index("model.onnx")
+
+
+def test_files_have_plain_names_and_only_those_elsewhere_a_whole_path():
+    roles = ("onnx", "base_onnx", "plan", "ranking", "report", "report_md", "recipe", "some_picture")
+    artifacts = {role: f"/runs/q/{role}.x" for role in roles} | {"model": "/models/m.pt", "none": None}
+    lines = printed(dataclasses.replace(full_report(), artifacts=artifacts)).splitlines()
+    files = [line.strip() for line in lines[lines.index("Files in /runs/q:") + 1 :]]
+    assert files == [
+        "ONNX               onnx.x",
+        "ONNX of the base   base_onnx.x",
+        "pruning plan       plan.x",
+        "ranking            ranking.x",
+        "report (JSON)      report.x",
+        "report (Markdown)  report_md.x",
+        "recipe             recipe.x",
+        "some picture       some_picture.x",
+        "model              /models/m.pt",
+    ]
+
+
+def test_a_ranking_is_not_described_as_a_pruning():
+    ranked = unmeasured(full_report())
+    text = printed(ranked, width=200)
+    assert "3 groups of channels, none pruned; judged by: contribution (2)." in text
+    assert "narrower" not in text
+    assert "| `stem` | gated | contribution | 8 | 0.438 |" in report_to_markdown(ranked)
+    planned = dataclasses.replace(ranked, artifacts={"plan": "/runs/r/plan.json"})
+    assert "0 of 3 groups of channels got narrower" in printed(planned, width=200)
+
+
+def test_a_report_without_figures_has_no_empty_table():
+    bare = Measurement("base", *([None] * 10), reasons={})
+    ranked = unmeasured(full_report())
+    for rows in ((), (bare,)):
+        report = dataclasses.replace(ranked, measurements=rows)
+        text = printed(report, width=200)
+        assert "Latency  " not in text
+        assert "Nothing was measured." in text
+        assert "3 groups of channels, none pruned" in text
+    assert "Top-1, MACs, Params, ONNX, Latency of base: not measured" in text
+
+
+def test_the_table_of_groups_fits_sixty_columns_with_every_name_whole():
+    text = shown(render_groups(full_report()))
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 60
+    cells = [line.split() for line in lines[:8]]
+    assert ["stem", "gated", "8", "->", "4", "0.438", "contribution"] in cells
+    assert ["block.se.fc1", "se-hidden", "4", "-", "contribution"] in cells
+    said = " ".join(text.split())
+    assert "Criterion: contribution, the energy of a channel" in said
+    assert "gated = scaled by an SE gate; se-hidden = inside an SE block; frozen = kept whole." in said
+    assert "ungated" not in said
+    assert "UNTRAINED" not in said
+
+
+def test_long_groups_and_evidence_fold_and_nothing_is_lost():
+    name, evidence = "features.12.block.3.0.conv_pointwise", "[b]L2[/b] of weights, since nothing reads it"
+    row = GroupRow(name, "ungated", 2048, 1024, evidence, None, frozen_because=None)
+    report = dataclasses.replace(full_report(), groups=(row,), criterion="mine", trained=False)
+    text = shown(render_groups(report))
+    assert max(map(len, text.splitlines())) <= 60
+    assert "UNTRAINED (random weights)" in text.splitlines()[0]
+    assert "Criterion: mine." in text
+    assert "Mean exc." not in text
+    wide = shown(render_groups(report), width=120)
+    assert name in wide
+    assert evidence in wide
+    body = text.split("Criterion")[0].splitlines()[4:]
+    assert "".join(line[:16].strip() for line in body).startswith("features.12")
+    letters = sorted("".join(body).replace(" ", ""))
+    assert letters == sorted((name + "ungated2048->1024-" + evidence).replace(" ", ""))
+
+
+def test_groups_keep_their_order_and_none_are_called_none():
+    report = full_report()
+    text = shown(render_groups(report), width=120)
+    assert text.index("stem") < text.index("block.se.fc1") < text.index("not judged; frozen: it is")
+    assert shown(render_groups(dataclasses.replace(report, groups=()))) == (
+        "No groups of channels were ranked.\n"
+    )
 
 
 def test_a_pipe_gets_neither_colour_nor_interpreted_markup():

@@ -2,6 +2,13 @@
 
 from sepress.report.as_json import SCHEMA, report_from_json, report_to_json
 from sepress.report.markdown import report_to_markdown
-from sepress.report.terminal import render_report
+from sepress.report.terminal import render_groups, render_report
 
-__all__ = ["SCHEMA", "report_to_json", "report_from_json", "report_to_markdown", "render_report"]
+__all__ = [
+    "SCHEMA",
+    "report_to_json",
+    "report_from_json",
+    "report_to_markdown",
+    "render_report",
+    "render_groups",
+]

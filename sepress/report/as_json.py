@@ -27,15 +27,15 @@ T = TypeVar("T")
 def report_to_json(report: Report, *, relative_to: Path | None = None) -> dict[str, JSON]:
     """Return the report as strict JSON values, the keys of the contract first.
 
-    Paths of artifacts are absolute, or relative to the folder `relative_to`. A null in a measurement always
-    has its reason; a number that is not finite becomes such a null.
+    Paths of artifacts are absolute, or relative to the folder `relative_to`; that of the data stays as it was
+    given. A null in a measurement always has its reason; a number that is not finite becomes such a null.
     """
-    return {
+    value = {
         "schema": SCHEMA,
         "name": report.name,
         "measurements": [_measurement_to_json(row) for row in report.measurements],
         "groups": [_group_to_json(row) for row in report.groups],
-        "checks": {name: _check_to_json(check) for name, check in report.checks.items()},
+        "checks": {name: asdict(check) for name, check in report.checks.items()},
         "artifacts": {role: relative_path(path, relative_to) for role, path in report.artifacts.items()},
         "environment": dict(report.environment),
         "criterion": report.criterion,
@@ -44,7 +44,21 @@ def report_to_json(report: Report, *, relative_to: Path | None = None) -> dict[s
         "selection": dict(report.selection),
         "notes": list(report.notes),
         "recipe": dict(report.recipe),
+        "data": dict(report.data),
+        "preprocessing": dict(report.preprocessing),
     }
+    return cast(dict[str, JSON], _strict(value))
+
+
+def _strict(value: JSON) -> JSON:
+    """Only what strict JSON in UTF-8 carries: no infinities, and file names that are no text escaped."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, Mapping):
+        return {_strict(key): _strict(item) for key, item in value.items()}
+    return [_strict(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _measurement_to_json(row: Measurement) -> dict[str, JSON]:
@@ -64,13 +78,8 @@ def _measurement_to_json(row: Measurement) -> dict[str, JSON]:
 
 
 def _group_to_json(row: GroupRow) -> dict[str, JSON]:
-    excitation = None if row.excitation is None else list(row.excitation)
-    return asdict(replace(row, excitation=None)) | {"excitation": excitation}
-
-
-def _check_to_json(check: Check) -> dict[str, JSON]:
-    error = check.relative_error
-    return asdict(check) | {"relative_error": error if error is not None and math.isfinite(error) else None}
+    # without asdict's copy of every channel
+    return asdict(replace(row, excitation=None)) | {"excitation": row.excitation}
 
 
 def relative_path(path: str | None, folder: Path | None) -> str | None:
@@ -111,9 +120,11 @@ def report_from_json(value: JSON, *, relative_to: Path | None = None) -> Report:
         criterion=node.get("criterion", str, ""),
         recipe=node.get("recipe", dict, {}),
         constraints=tuple(child.value for child in node.children("constraints", optional=True)),
-        notes=tuple(node.get("notes", list, [])),
+        notes=tuple(node.items("notes", str)),
         trained=node.get("trained", bool, True),
-        selection=node.get("selection", dict, {}),
+        selection={label: child.value for label, child in node.mapping("selection", optional=True).items()},
+        data=_data_from(node.child("data")),
+        preprocessing=_preprocessing_from(node.child("preprocessing")),
     )
 
 
@@ -140,24 +151,36 @@ class _Node:
     def optional(self, key: str, kind: type[T]) -> T | None:
         """The value, or None where it is null or missing; an int passes for a float, a bool for no number."""
         found = self.value.get(key)
-        if found is None:
-            return None
-        if kind is float and type(found) is int:
-            found = float(found)
-        if not isinstance(found, kind) or (isinstance(found, bool) and kind is not bool):
-            raise _wrong(self.path(key), kind.__name__, found)
-        return found
+        return None if found is None else _checked(found, kind, self.path(key))
+
+    def items(self, key: str, kind: type[T]) -> list[T]:
+        """The values of a list, none where it is null or missing."""
+        found = self.optional(key, list) or []
+        return [_checked(item, kind, f"{self.path(key)}[{i}]") for i, item in enumerate(found)]
+
+    def child(self, key: str) -> _Node:
+        """The object under the key, an empty one where it is null or missing."""
+        return _Node(self.optional(key, dict) or {}, self.path(key))
 
     def children(self, key: str, *, optional: bool = False) -> list[_Node]:
         found: list[JSON] = self.get(key, list, [] if optional else None)
         return [_Node(child, f"{self.path(key)}[{i}]") for i, child in enumerate(found)]
 
-    def mapping(self, key: str) -> dict[str, _Node]:
-        return {name: _Node(child, f"{self.path(key)}.{name}") for name, child in self.get(key, dict).items()}
+    def mapping(self, key: str, *, optional: bool = False) -> dict[str, _Node]:
+        found: dict[str, JSON] = self.get(key, dict, {} if optional else None)
+        return {name: _Node(child, f"{self.path(key)}.{name}") for name, child in found.items()}
 
     def optional_strings(self, key: str) -> dict[str, str | None]:
         inner = _Node(self.get(key, dict), self.path(key))
         return {name: inner.optional(name, str) for name in inner.value}
+
+
+def _checked(found: JSON, kind: type[T], where: str) -> T:
+    if kind is float and type(found) is int:
+        found = float(found)
+    if not isinstance(found, kind) or (isinstance(found, bool) and kind is not bool):
+        raise _wrong(where, kind.__name__, found)
+    return found
 
 
 def _wrong(where: str, expected: str, found: JSON) -> InputError:
@@ -209,3 +232,26 @@ def _check_from(node: _Node) -> Check:
         reason=node.optional("reason", str),
         argmax_agreement=node.optional("argmax_agreement", float),
     )
+
+
+def _data_from(node: _Node) -> dict[str, JSON]:
+    """Check what the renderers read of DataSource.describe(), and keep the rest as it is."""
+    for key in ("path", "fingerprint", "labels_reason"):
+        node.optional(key, str)
+    node.optional("num_classes", int)
+    node.items("notes", str)
+    splits, corrupt = node.child("splits"), node.child("corrupt")
+    for split in splits.value:
+        splits.get(split, int)
+    corrupt.optional("count", int)
+    corrupt.items("names", str)
+    return dict(node.value)
+
+
+def _preprocessing_from(node: _Node) -> dict[str, JSON]:
+    for key, kind in {"input_size": int, "mean": float, "std": float}.items():
+        node.items(key, kind)
+    node.optional("crop_pct", float)
+    for key in ("interpolation", "origin"):
+        node.optional(key, str)
+    return dict(node.value)

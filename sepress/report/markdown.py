@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ COLUMNS = (
     words.LATENCY,
 )
 WORST_CLASSES = 5
+UNREADABLE = 20  # images named
 CHANNELS_A_LINE = 10
 
 
@@ -34,12 +36,14 @@ def report_to_markdown(report: Report) -> str:
         _groups(report),
         _excitations(report.groups),
         _classes(report),
+        _data(report),
         _method(report),
         _files(report),
         _environment(report),
         _recipe(report),
     ]
-    return "\n\n".join(section for section in sections if section) + "\n"
+    text = "\n\n".join(section for section in sections if section) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode()  # file names that are no text are escaped
 
 
 def _results(report: Report) -> str:
@@ -51,10 +55,12 @@ def _results(report: Report) -> str:
         return ""
     text = "## Result\n\n" + _table(header, rows, numbers=len(COLUMNS))
     note = (
-        "Top-1 and top-5 change in points, the others as a ratio to the base. MACs are those of one image "
-        "in convolutions and matrix products; FLOPs are 2 x MACs; ONNX is the file's size."
+        "MACs are those of one image in convolutions and matrix products; FLOPs are 2 x MACs; ONNX is the "
+        "file's size."
     )
-    return "\n\n".join([text, note, *_bullets(words.missing(report, COLUMNS))])
+    if base is not None and len(rows) > 1:
+        note = f"Top-1 and top-5 change in points, the others as a ratio to the base. {note}"
+    return "\n\n".join([text, note, *_bullets([*words.comparisons(report), *words.missing(report, COLUMNS)])])
 
 
 def _figures(row: Measurement, base: Measurement | None) -> list[str]:
@@ -74,27 +80,30 @@ def _constraints(report: Report) -> str:
     rows = []
     for constraint in report.constraints:
         text, verdict, figures = words.constraint_words(constraint)
-        rows.append([f"`{text}`", verdict, _escape(figures)])
+        rows.append([_code(text), verdict, _escape(figures)])
     return "## Constraints\n\n" + _table(["Constraint", "Verdict", "Measured"], rows) if rows else ""
 
 
 def _groups(report: Report) -> str:
     if not report.groups:
         return ""
+    planned = words.pruned(report)
     rows = []
     for row in report.groups:
         kept = words.percent(row.width_after / row.width_before, 0) if row.width_before else words.NOTHING
-        excitation = words.NOTHING if row.mean_excitation is None else f"{row.mean_excitation:.3f}"
-        judged = row.evidence
-        if row.frozen_because and row.frozen_because not in judged:
-            judged = f"{judged}; frozen: {row.frozen_because}"
-        widths = [str(row.width_before), str(row.width_after), kept, excitation]
-        rows.append([f"`{row.name}`", row.role.replace("_", "-"), _escape(judged), *widths])
-    header = ["Group", "Role", "Judged by", "Width", "After", "Kept", "Mean excitation"]
-    text = "## Channels\n\nChannels that can only go together form a group, named after its first layer."
-    if report.criterion:
-        text += f" Criterion: {_escape(report.criterion)}."
-    return f"{text}\n\n{_table(header, rows, numbers=4)}"
+        widths = [str(row.width_before), *([str(row.width_after), kept] if planned else [])]
+        cells = [_code(row.name), words.role(row), _escape(words.evidence(row))]
+        rows.append([*cells, *widths, words.excitation(row)])
+    widths = ["Width", *(["After", "Kept"] if planned else [])]
+    header = ["Group", "Role", "Judged by", *widths, "Mean excitation"]
+    told = [
+        "Channels that can only go together form a group, named after its first layer.",
+        f"Roles: {words.roles(report.groups)}.",
+        words.criterion(report),
+        "" if planned else "Nothing was pruned.",
+    ]
+    text = "## Channels\n\n" + _escape(" ".join(filter(None, told)))
+    return f"{text}\n\n{_table(header, rows, numbers=len(widths) + 1)}"
 
 
 def _excitations(groups: Sequence[GroupRow]) -> str:
@@ -107,7 +116,7 @@ def _excitations(groups: Sequence[GroupRow]) -> str:
         for start in range(0, len(row.excitation), CHANNELS_A_LINE):
             values = row.excitation[start : start + CHANNELS_A_LINE]
             lines.append(f"{start:>5}  " + " ".join(f"{value:.3f}" for value in values))
-        parts.append(f"`{row.name}`\n\n```text\n" + "\n".join(lines) + "\n```")
+        parts.append(f"{_code(row.name)}\n\n```text\n" + "\n".join(lines) + "\n```")
     if not parts:
         return ""
     title = "Mean excitation of each channel over the calibration images, before pruning"
@@ -124,15 +133,24 @@ def _classes(report: Report) -> str:
     ]
     final = report.measurements[-1].label
     text = f"## Classes\n\nTop-1 by class, the largest losses of {len(changes)} classes first."
-    return f"{text}\n\n" + _table(["Class", words.BASE, final, "Points"], rows, numbers=3)
+    return f"{text}\n\n" + _table(["Class", words.BASE, _escape(final), "Points"], rows, numbers=3)
+
+
+def _data(report: Report) -> str:
+    lines = [
+        *words.data_words(report, named=UNREADABLE),
+        *words.preprocessing_words(report, figures=True),
+    ]
+    return "\n\n".join(["## Data", *_bullets(lines)]) if lines else ""
 
 
 def _method(report: Report) -> str:
+    said = report.data.get("notes") or ()
     lines = [
         *words.selection_words(report),
         *words.latency_conditions(report),
         *words.latency_spreads(report),
-        *report.notes,
+        *(note for note in report.notes if note not in said),
     ]
     return "\n\n".join(["## How it was measured", *_bullets(lines)])
 
@@ -141,9 +159,8 @@ def _files(report: Report) -> str:
     place = report.artifacts.get("report")
     folder = Path(place).parent if place else None
     rows = [
-        [role, f"`{relative_path(path, folder) if folder else path}`"]
-        for role, path in report.artifacts.items()
-        if path is not None
+        [_escape(name), _code((relative_path(path, folder) if folder else path) or "")]
+        for name, path in words.files(report).items()
     ]
     return "## Files\n\n" + _table(["What", "Where"], rows) if rows else ""
 
@@ -164,9 +181,9 @@ def _recipe(report: Report) -> str:
 
 # ---- Markdown -------------------------------------------------------------------------------------
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: int = 0) -> str:
-    """Return a table whose last `numbers` columns are right-aligned."""
+    """Return a table whose last `numbers` columns are right-aligned; its cells are Markdown of one line."""
     rule = ["---"] * (len(header) - numbers) + ["--:"] * numbers
-    lines = [header, rule, *([cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows)]
+    lines = [[cell.replace("|", "\\|") for cell in row] for row in (header, rule, *rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -175,8 +192,16 @@ def _bullets(lines: Iterable[str]) -> list[str]:
     return [text] if text else []
 
 
+def _code(text: str) -> str:
+    """A name as code, or escaped where a code span can't hold it."""
+    text = words.plain(text)
+    return _escape(text) if not text.strip() or set(text) & set("`|") else f"`{text}`"
+
+
 def _escape(text: str) -> str:
-    """Keep names and messages from being read as HTML, emphasis or a new paragraph."""
-    for old, new in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("*", "\\*"), ("`", "\\`"), ("\n", " ")):
+    """Keep names and messages from being read as HTML, emphasis, links or a new line."""
+    text = words.plain(text)
+    for old, new in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
         text = text.replace(old, new)
-    return text
+    # an underscore inside a word is only that
+    return re.sub(r"[\\*`~]|\](?=\()|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)

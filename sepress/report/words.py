@@ -1,17 +1,18 @@
 """A report's figures as words: units, ratios to the base, and sentences that a newcomer understands.
 
-Fractions become percent here and nowhere else. ASCII only, so that any pipe can carry it.
+Fractions become percent here and nowhere else. The words are ASCII, so that any pipe can carry them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sepress.report.as_json import UNSTATED
-from sepress.types import JSON, Check, Measurement, Report
+from sepress.types import JSON, Check, GroupRow, Measurement, Report
 
 BASE = "base"
 NOTHING = "-"  # what a cell shows where nothing was measured; the reason stands below the table
@@ -53,6 +54,21 @@ def times(ratio: float) -> str:
 
 def images(n: int | None) -> str:
     return "" if n is None else f"{n:,} image" + ("" if n == 1 else "s")
+
+
+def plain(text: str) -> str:
+    """One line that moves no cursor: line breaks become spaces, what else doesn't print is escaped."""
+    text = "".join(" " if char in "\t\n\r" else char for char in text)
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode()
+        for char in text
+    )
+
+
+def listed(names: Sequence[str], most: int, *, total: int = 0, between: str = ", ") -> str:
+    """The first `most` names, and how many more there are (of `total` where not all are known by name)."""
+    more = max(total, len(names)) - len(names[:most])
+    return between.join(names[:most]) + (f" and {more:,} more" if more else "")
 
 
 # ---- the table's columns --------------------------------------------------------------------------
@@ -99,6 +115,10 @@ def cell(column: Column, row: Measurement, base: Measurement | None) -> tuple[st
     return written, "" if ratio is None else times(ratio)
 
 
+def has_figures(row: Measurement, columns: tuple[Column, ...]) -> bool:
+    return any(getattr(row, column.field) is not None for column in columns)
+
+
 def latency_ratio(row: Measurement, base: Measurement) -> float | None:
     """The ratio that the interleaved timer took round by round, else that of the medians."""
     if row.latency is not None and row.latency.get("ratio_to") == base.label and row.latency.get("ratio"):
@@ -124,6 +144,13 @@ def missing(report: Report, columns: tuple[Column, ...]) -> list[str]:
     ]
 
 
+def comparisons(report: Report) -> list[str]:
+    """Say that there is nothing to compare with, where that is so."""
+    if not report.measurements or base_of(report) is not None:
+        return []
+    return ["No ratios and no differences: there is no base in this report to compare with."]
+
+
 # ---- sentences ------------------------------------------------------------------------------------
 UNTRAINED = "The network is UNTRAINED (random weights): its accuracy means nothing."
 
@@ -131,29 +158,32 @@ UNTRAINED = "The network is UNTRAINED (random weights): its accuracy means nothi
 def summary(report: Report) -> str:
     """Say in a few sentences what became of the network."""
     said = [] if report.trained else [UNTRAINED]
-    if not report.measurements:
-        return " ".join([*said, "Nothing was measured."])
-    final, base = report.measurements[-1], base_of(report)
-    if base is None or final is base:
-        said.append(_size_sentence(final))
-        base = None
-    else:
-        said.append(_smaller_sentence(final, base))
-    said += [_accuracy_sentence(final, base), _time_sentence(final, base)]
-    return " ".join(sentence for sentence in said if sentence)
+    found: list[str] = []
+    if report.measurements:
+        final, base = report.measurements[-1], base_of(report)
+        if base is None or final is base:
+            base = None
+            found.append(_size_sentence(final))
+        else:
+            found.append(_smaller_sentence(final, base))
+        found += [_accuracy_sentence(final, base), _time_sentence(final, base)]
+    return " ".join([*said, *(list(filter(None, found)) or ["Nothing was measured."])])
 
 
 def _size_sentence(row: Measurement) -> str:
+    name = "The network" if row.label == BASE else f"The {row.label} network"
     parts = []
     if row.macs is not None:
         parts.append(f"{count(row.macs)} multiply-accumulates (MACs) an image")
     if row.params is not None:
         parts.append(f"{count(row.params)} parameters")
-    return f"The network has {' and '.join(parts)}." if parts else ""
+    return f"{name} has {' and '.join(parts)}." if parts else ""
 
 
 def _smaller_sentence(row: Measurement, base: Measurement) -> str:
     names = {"macs": "multiply-accumulates (MACs)", "params": "parameters"}
+    if row.macs is not None and (row.macs, row.params) == (base.macs, base.params):
+        return f"The {row.label} network is as large as the {base.label}."
     parts = []
     for field, name in names.items():
         before, after = getattr(base, field), getattr(row, field)
@@ -167,9 +197,8 @@ def _smaller_sentence(row: Measurement, base: Measurement) -> str:
 def _accuracy_sentence(row: Measurement, base: Measurement | None) -> str:
     if row.top1 is None:
         return ""
-    said = (
-        f"It puts {percent(row.top1)} of {images(row.n) or 'the images'} ({row.split}) into the right class"
-    )
+    where = f" ({row.split})" if row.split else ""
+    said = f"It puts {percent(row.top1)} of {images(row.n) or 'the images'}{where} into the right class"
     if base is None or base.top1 is None or (base.split, base.n) != (row.split, row.n):
         return f"{said}."
     change = round(100 * (row.top1 - base.top1), 2)
@@ -243,6 +272,7 @@ def latency_spreads(report: Report) -> list[str]:
 _CHECKS = {
     "masked_equals_removed": ("Masked = removed", "the pruned net gives what the masked one gives"),
     "onnx_parity": ("ONNX = torch", "ONNX Runtime gives what torch gives on real images"),
+    "saved_equals_loaded": ("Saved = loaded", "the model's file gives back the same net, bit for bit"),
 }
 
 
@@ -252,7 +282,8 @@ def check_words(name: str, check: Check) -> tuple[str, str, str]:
     verdict = {True: "passed", False: "FAILED", None: "not judged"}[check.passed]
     details = [claim] if check.passed and claim else []
     if check.relative_error is not None and math.isfinite(check.relative_error):
-        details.append(f"relative error {check.relative_error:.1e}")
+        error = f"{check.relative_error:.1e}" if check.relative_error else "0"
+        details.append(f"relative error {error}")
     if check.argmax_agreement is not None:
         details.append(f"same top class on {percent(check.argmax_agreement, 1)}")
     if check.reason:
@@ -270,14 +301,19 @@ def constraint_words(constraint: Mapping[str, JSON]) -> tuple[str, str, str]:
     return str(constraint.get("constraint")), verdict, f"{actual}: {figures}" if figures else actual
 
 
+def accuracies(report: Report) -> dict[str, list[str]]:
+    """Where accuracies come from, and whose: {'test, 1,000 images': ['base', 'tuned']}."""
+    places: dict[str, list[str]] = {}
+    for row in report.measurements:
+        if row.top1 is not None:
+            place = ", ".join(filter(None, [row.split, images(row.n)]))
+            places.setdefault(place or "on unnamed images", []).append(row.label)
+    return places
+
+
 def selection_words(report: Report) -> list[str]:
     """Say what was chosen on which split, and which split the accuracies come from."""
-    splits: dict[str, list[str]] = {}
-    for row in report.measurements:
-        if row.split is not None:
-            where = f"split {row.split}" + (f" ({images(row.n)})" if row.n is not None else "")
-            splits.setdefault(where, []).append(row.label)
-    lines = [f"Accuracy of {', '.join(labels)}: {where}." for where, labels in splits.items()]
+    lines = [f"Accuracy of {', '.join(labels)}: {place}." for place, labels in accuracies(report).items()]
     for label, chosen in report.selection.items():
         top1 = chosen.get("val_top1")
         best = "" if top1 is None else f", {percent(top1)}"
@@ -286,11 +322,146 @@ def selection_words(report: Report) -> list[str]:
         )
     if not report.selection:
         lines.append("No weights were selected by accuracy in this run.")
-    elif any(row.split == "val" for row in report.measurements):
+    elif any(row.split == "val" and row.top1 is not None for row in report.measurements):
         lines.append("Validation chose the weights, so accuracy on it flatters them.")
     return lines
 
 
+def data_words(report: Report, *, named: int) -> list[str]:
+    """Say where the images lie, how many there are, which could not be read, and how classes were matched.
+
+    At most `named` unreadable images are named; all are counted.
+    """
+    data, lines = report.data, []
+    if data.get("path"):
+        splits = ", ".join(f"{n:,} {split}" for split, n in (data.get("splits") or {}).items())
+        lines.append(f"Data: {data['path']}" + (f" ({splits} images)." if splits else "."))
+    corrupt = data.get("corrupt") or {}
+    names = corrupt.get("names") or ()
+    if unreadable := max(corrupt.get("count") or 0, len(names)):
+        line = f"{images(unreadable)} could not be read and {'was' if unreadable == 1 else 'were'} left out"
+        lines.append(f"{line}: {listed(names, named, total=unreadable)}." if names else f"{line}.")
+    reason = data.get("labels_reason")
+    if reason and not any(reason in row.reasons.values() for row in report.measurements):
+        lines.append(f"The data's labels are not used: {reason}.")
+    return lines + [f"Note: {note}" for note in data.get("notes") or ()]
+
+
+def preprocessing_words(report: Report, *, figures: bool) -> list[str]:
+    """Say what an image becomes and whose figures those are; with all figures where they are asked for."""
+    found = report.preprocessing
+    parts = []
+    if found.get("input_size"):
+        parts.append(f"input {' x '.join(map(str, found['input_size']))}")
+    if figures:
+        for key in ("mean", "std"):
+            if found.get(key):
+                parts.append(f"{key} {' '.join(f'{value:.4g}' for value in found[key])}")
+        if found.get("interpolation"):
+            parts.append(f"{found['interpolation']} resizing")
+        if found.get("crop_pct"):
+            parts.append(f"centre crop {percent(found['crop_pct'], 1)}")
+    if found.get("origin"):
+        parts.append(f"taken from '{found['origin']}'")
+    return [f"Preprocessing: {', '.join(parts)}."] if parts else []
+
+
+# ---- groups ---------------------------------------------------------------------------------------
+_CRITERIA = {
+    "mean-excitation": "the mean of a channel's SE gate over the calibration images",
+    "contribution": "the energy of a channel (behind its gate) times the weights that read it",
+    "fisher": "how strongly the loss reacts to a gate on the channel (squared gradients)",
+    "random": "random numbers by the seed, which any criterion has to beat",
+    "l2": "the squared weights of the group's layers",
+    "group-taylor": "weight times gradient over the group's layers",
+}
+_ROLES = {
+    "gated": "scaled by an SE gate",
+    "ungated": "no SE gate of its own",
+    "se_hidden": "inside an SE block",
+    "frozen": "kept whole",
+}
+
+
+def role(row: GroupRow) -> str:
+    return row.role.replace("_", "-")
+
+
+def roles(groups: Sequence[GroupRow]) -> str:
+    """Explain the roles that occur: 'gated = scaled by an SE gate; frozen = kept whole'."""
+    found = {row.role: role(row) for row in groups}
+    return "; ".join(f"{found[name]} = {meaning}" for name, meaning in _ROLES.items() if name in found)
+
+
+def criterion(report: Report) -> str:
+    """Say what the criterion is, '' where nothing was ranked."""
+    if not report.criterion:
+        return ""
+    meaning = _CRITERIA.get(report.criterion)
+    return f"Criterion: {report.criterion}" + (f", {meaning}; the lowest go first." if meaning else ".")
+
+
+def widths(row: GroupRow) -> str:
+    """The group's channels, before and after where they differ."""
+    after = "" if row.width_after == row.width_before else f" -> {row.width_after}"
+    return f"{row.width_before}{after}"
+
+
+def excitation(row: GroupRow) -> str:
+    return NOTHING if row.mean_excitation is None else f"{row.mean_excitation:.3f}"
+
+
+def evidence(row: GroupRow) -> str:
+    """What judged the group, and why it is frozen where it is."""
+    if not row.frozen_because:
+        return row.evidence
+    why = f"frozen: {row.frozen_because}"
+    return why if row.evidence == row.frozen_because else f"{row.evidence}; {why}"
+
+
+def pruned(report: Report) -> bool:
+    """Whether the groups' widths are those of a plan, and not only of a ranking."""
+    narrower = any(row.width_after != row.width_before for row in report.groups)
+    return narrower or report.artifacts.get("plan") is not None
+
+
+def groups_sentence(report: Report, *, most: int = 3) -> str:
+    """How many groups there are and got narrower, and what judged them, the commonest evidence first."""
+    if not report.groups:
+        return ""
+    cut, total = sum(row.width_after < row.width_before for row in report.groups), len(report.groups)
+    said = f"{cut} of {total} groups of channels got narrower"
+    if not pruned(report):
+        said = f"{total} group{'' if total == 1 else 's'} of channels, none pruned"
+    judges = Counter(row.evidence for row in report.groups if row.role != "frozen")
+    judged = [f"{judge} ({n})" for judge, n in judges.most_common()]
+    return (
+        f"{said}; judged by: {listed(judged, most, between='; ')}."
+        if judged
+        else f"{said}, all of them frozen."
+    )
+
+
+# ---- files ----------------------------------------------------------------------------------------
+_FILES = {
+    "onnx": "ONNX",
+    "base_onnx": "ONNX of the base",
+    "plan": "pruning plan",
+    "report": "report (JSON)",
+    "report_md": "report (Markdown)",
+}
+
+
+def files(report: Report) -> dict[str, str]:
+    """What the files are called in plain words, and where those that were written lie."""
+    return {
+        _FILES.get(name, name.replace("_", " ")): path
+        for name, path in report.artifacts.items()
+        if path is not None
+    }
+
+
+# ---- classes --------------------------------------------------------------------------------------
 def class_changes(report: Report) -> list[tuple[str, float, float]]:
     """Return (class, base top-1, final top-1), the largest loss first; empty where either is not known."""
     base = base_of(report)
