@@ -168,7 +168,7 @@ def _judge(
         result = importance(judged)
     if result is None:
         return BaselineScores(None, left_out)
-    scores = result[: group.units].double().cpu().numpy()
+    scores = result[: group.units].cpu().double().numpy()
     mean = scores.mean()  # torch-pruning would divide by 0, and by slots where a unit is several
     return BaselineScores(scores / mean if mean > 0 else scores, left_out)
 
@@ -181,7 +181,7 @@ def _lent_gradients(net: nn.Module, group: CouplingGroup, gradients: Mapping[str
     try:
         for p in kept:
             gradient = gradients.get(names[p])
-            p.grad = torch.zeros_like(p) if gradient is None else gradient.to(p)
+            p.grad = torch.zeros_like(p) if gradient is None else gradient.to(p.dtype).to(p.device)
         yield
     finally:
         for p, grad in kept.items():

@@ -222,7 +222,7 @@ def rank(
 
 def weight_energy(weight: Tensor, reader: Reader) -> np.ndarray:
     """The summed squares of the weights that multiply each position of what a layer reads, (P,)."""
-    w = weight.detach().double().cpu().square()
+    w = weight.detach().cpu().double().square()
     if reader.groups > 1 and not reader.transposed:
         # (O, I/g, ...): block b of the outputs reads block b of the inputs
         blocks = w.reshape(reader.groups, w.shape[0] // reader.groups, w.shape[1], -1)
@@ -262,7 +262,7 @@ def _plain_l2(net: nn.Module, group: CouplingGroup) -> np.ndarray:
     total = np.zeros(group.units)
     for member in group.members:
         if member.parameter in parameters:
-            w = parameters[member.parameter].detach().double().cpu().square()
+            w = parameters[member.parameter].detach().cpu().double().square()
             energy = w.movedim(member.dim, 0).flatten(1).sum(1).numpy()
             total += _per_unit(group, member.unit, energy[member.index])
     return total / total.mean() if total.mean() > 0 else total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from dataclasses import replace
 
 import nets
@@ -163,6 +164,30 @@ def test_rounding_is_told_from_errors_in_float64() -> None:
     assert check.passed
     assert check.relative_error is not None
     assert check.relative_error < 1e-9
+
+
+def test_a_device_with_operations_of_its_own_is_traced_and_checked_on_copies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net, inputs = nets.build("plain")
+    expected = trace(net, inputs)
+    removed = third(expected)
+    pruned = copy.deepcopy(net)
+    apply_removal(pruned, expected, removed)
+    tracing = importlib.import_module("sepress.coupling.trace")
+    monkeypatch.setattr(tracing, "OWN_OPERATIONS", frozenset({"cpu"}))  # as if this were mps
+    homes: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_pre_hook(lambda module, _: homes.append(module))
+    try:
+        coupling = trace(net, inputs)
+        check, culprits = check_removal(net, pruned, coupling, removed, inputs)
+    finally:
+        handle.remove()
+    assert [(g.name, g.units) for g in coupling.groups] == [(g.name, g.units) for g in expected.groups]
+    assert check.passed
+    assert culprits == {}
+    assert homes
+    assert not {*homes} & {*net.modules(), *pruned.modules()}
 
 
 def test_the_check_leaves_both_nets_as_they_were() -> None:

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from sepress.coupling.groups import Coupling
 from sepress.coupling.slots import names
 from sepress.coupling.tags import unchanged_attributes
-from sepress.coupling.trace import LAYOUT_OPS, Inputs, Operation, one_image, undisturbed
+from sepress.coupling.trace import LAYOUT_OPS, Inputs, Operation, one_image, traceable, undisturbed
 from sepress.types import Check, Removed
 
 TOLERANCE = 1e-4  # of the outputs' spread; rounding of float32 stays well below
@@ -43,6 +43,7 @@ def check_removal(
     `images` is a batch on the nets' device. The error is max|a - b| over images and outputs, divided
     by the spread max|a - mean over images of a|.
     """
+    (base, images), (pruned, _) = traceable(base, images), traceable(pruned, images)
     replay = _Replay(coupling, coupling.gone(removed))
     with undisturbed(base), undisturbed(pruned):
         try:
@@ -198,7 +199,7 @@ class _Replay:
 
 
 def _run(net: nn.Module, arguments: tuple[Tensor, ...], mode: _Record | _Masked) -> list[Tensor]:
-    """Return the output tensors of one image, in float64."""
+    """Return the output tensors of one image, in float64 on the CPU."""
     with unchanged_attributes(net), _same_path(), mode:
         try:
             outputs = net(*arguments)
@@ -207,8 +208,7 @@ def _run(net: nn.Module, arguments: tuple[Tensor, ...], mode: _Record | _Masked)
         except Exception as error:
             first_line = str(error).split("\n")[0]
             raise _Diverged(mode.index, f"the forward fails: {first_line}") from error
-    leaves = [x.detach() for x in tree_leaves(outputs) if isinstance(x, Tensor)]
-    return [x.double() if x.is_floating_point() else x.to(torch.float64) for x in leaves]
+    return [x.detach().cpu().to(torch.float64) for x in tree_leaves(outputs) if isinstance(x, Tensor)]
 
 
 @contextmanager
@@ -315,10 +315,10 @@ class _Masked(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _difference(self, layers: tuple[np.ndarray, ...] | None, own: Tensor, other: Tensor) -> float:
         """Return the largest difference of what survives, relative to the largest value."""
         kept = ~self._replay.mask(layers or (), own).expand(own.shape)
-        surviving = own[kept].double()
+        surviving = own[kept].cpu().double()
         if surviving.numel() != other.numel():
             return float("inf")
-        return _max(surviving - other.flatten().double()) / max(_max(surviving), 1e-30)
+        return _max(surviving - other.flatten().cpu().double()) / max(_max(surviving), 1e-30)
 
     def _compare_outputs(self, operation: Operation, result: Any) -> None:
         tensors = [x for x in tree_leaves(result) if isinstance(x, Tensor)]

@@ -16,7 +16,7 @@ from torch import nn
 
 from sepress.coupling.slots import FIRST_SLOT, NONE, PADDING, owner_of
 from sepress.coupling.tags import TaggedInt
-from sepress.coupling.trace import Inputs, Operation, Product, Tracer, run_tracer
+from sepress.coupling.trace import Inputs, Operation, Product, Tracer, run_tracer, traceable
 from sepress.errors import InputError
 from sepress.types import CouplingGroup, Gate, Member, Reader, Removed, Role
 
@@ -388,6 +388,7 @@ def trace(net: nn.Module, inputs: Inputs) -> Coupling:
     `inputs` is a tensor (N, ...) or a tuple of them; the first image is used, at its real size. The
     net is left as it was. Raises InputError where the forward fails or decides on data.
     """
+    net, inputs = traceable(net, inputs)
     return _Builder(run_tracer(net, inputs), net).build()
 
 

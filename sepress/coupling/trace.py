@@ -6,6 +6,7 @@ mode sees the Python calls, which give sites for taps and carry tagged ints. The
 
 from __future__ import annotations
 
+import copy
 import linecache
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -57,6 +58,7 @@ LAYOUT_OPS = names(
     "view _unsafe_view reshape permute transpose t unsqueeze squeeze expand slice select as_strided"
     " as_strided_ alias detach clone contiguous _to_copy empty empty_strided unfold"
 )
+OWN_OPERATIONS = frozenset({"mps"})  # devices with other operations (a linear layer is one) and no float64
 SWEEP_EVERY = 64  # operations between two looks for dead storages
 
 
@@ -481,9 +483,9 @@ def undisturbed(net: nn.Module) -> Iterator[None]:
     buffers = [(buffer, buffer._version, buffer.clone()) for buffer in net.buffers()]
     with evaluating(net), kept_random_state({p.device for p in net.parameters()}):
         yield
-        for buffer, version, copy in buffers:
+        for buffer, version, saved in buffers:
             if buffer._version != version:
-                buffer.copy_(copy)
+                buffer.copy_(saved)
 
 
 @contextmanager
@@ -507,6 +509,15 @@ def one_image(inputs: Inputs, index: int = 0) -> tuple[Tensor, ...]:
     """Return the forward's arguments for one image of a batch, as copies."""
     tensors = inputs if isinstance(inputs, tuple) else (inputs,)
     return tuple(x[index : index + 1].detach().clone() for x in tensors)
+
+
+def traceable(net: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
+    """Return net and inputs; copies on the CPU where their device runs operations of its own."""
+    tensors = inputs if isinstance(inputs, tuple) else (inputs,)
+    if not any(x.device.type in OWN_OPERATIONS for x in tensors):
+        return net, inputs
+    moved = tuple(x.cpu() for x in tensors)
+    return copy.deepcopy(net).cpu(), moved if isinstance(inputs, tuple) else moved[0]
 
 
 def run_tracer(net: nn.Module, inputs: Inputs) -> Tracer:
@@ -542,5 +553,6 @@ __all__ = [
     "function_name",
     "one_image",
     "run_tracer",
+    "traceable",
     "undisturbed",
 ]

@@ -49,7 +49,7 @@ class _Found:
 
 
 def open_folder(spec: DataSpec) -> Catalog:
-    """Find the images under a folder; InputError: there are none, a class has none, a name is no text."""
+    """Find the images under a folder; InputError for none, a class without any, a name not in UTF-8."""
     _check_name(spec.path)
     root = Path(spec.path).expanduser()
     if not root.is_dir():
