@@ -33,7 +33,7 @@ SATURATED = 0.05  # a gate within this of 0 or 1 counts as saturated
 #   gate/NAME/sum, /square, /saturated      (C,)    of the excitation s, its square, and |s - 1/2| > 0.45
 #   gate/NAME/class_sum                     (K, C)  of s, by label
 #   class_count                             (K,)    images, by label
-#   reader/KEY/energy                       (P,)    of the spatial mean of x^2
+#   reader/KEY/sum, /square                 (P,)    of the spatial means of x and of x^2
 #   group/NAME/fisher                       (U,)    of (dL/du)^2, u a factor on every reading of the unit
 #   parameter/NAME/gradient                 (...)   of dL/dw
 
@@ -86,9 +86,14 @@ class ExcitationStats:
             return None
         return self.sums[f"gate/{gate.name}/class_sum"] / self.sums["class_count"][:, None]
 
-    def energy(self, reader: Reader) -> Tensor:
+    def mean_square(self, reader: Reader) -> Tensor:
         """The mean square of what is read at each position of the reader's axis, (P,)."""
-        return self._mean(f"reader/{reader_key(reader)}/energy", len(reader.unit))
+        return self._mean(f"reader/{reader_key(reader)}/square", len(reader.unit))
+
+    def variance(self, reader: Reader) -> Tensor:
+        """The variance over images and places of what each position of the axis reads, (P,), biased."""
+        mean = self._mean(f"reader/{reader_key(reader)}/sum", len(reader.unit))
+        return (self.mean_square(reader) - mean.square()).clamp(min=0)
 
     def fisher(self, group: str, units: int) -> Tensor:
         """The mean square of dL/du of each unit, (U,); see `criteria` for u."""
@@ -180,7 +185,7 @@ def calibrate(
     """Run the images through `net` (on `device`, in eval mode) and return the sums that `evidence` names.
 
     A batch is inputs, or (inputs, targets) with targets (N,) of integers, -1 for none. 'excitation' gives the
-    gates' moments, by class too where `num_classes` is given and targets are met; 'contribution' the energy
+    gates' moments, by class too where `num_classes` is given and targets are met; 'contribution' the variance
     that every layer reads; 'fisher' and 'taylor' need targets and one backward a batch. With a `world_size`,
     every process takes each world_size-th batch from `rank` on, and the results add up. The net's mode,
     requires_grad and .grad are left as they were. Raises InputError for no images, missing targets and
@@ -294,8 +299,10 @@ class _Collector:
         axis = reader.site.axis
         if "contribution" in self._evidence:
             others = [d for d in range(x.dim()) if d != axis]
-            energy = x.detach().float().square().mean(others) * self._images  # (P,)
-            self._pending.append((f"reader/{key}/energy", energy))
+            x32 = x.detach().float()
+            mean = x32.mean(others, keepdim=True)
+            scatter = (x32 - mean).square().mean(others)  # about the batch's mean: no cancellation in float32
+            self._pending.append((f"reader/{key}", torch.stack([mean.flatten(), scatter])))  # (2, P)
         if self._probe is None:
             return None
         factor = self._probe[:, self._column(reader)].to(x.dtype)  # (N, P)
@@ -342,7 +349,9 @@ class _Collector:
             if name.startswith("gate/"):
                 self._add_excitation(name, value.cpu().double())
             else:
-                self._add(name, value)
+                mean, scatter = value.cpu().double()
+                self._add(f"{name}/sum", self._images * mean)
+                self._add(f"{name}/square", self._images * (scatter + mean.square()))
         self._pending.clear()
         if "excitation" in self._evidence and self._classes is not None:
             self._add("class_count", self._classes.sum(0))

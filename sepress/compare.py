@@ -160,6 +160,7 @@ def compare(
                 f"recalibrated {100 * cell.recalibrated:.2f}{tuned} % ({cell.seconds:.0f} s)"
             )
     assert base.top1 is not None  # labels were checked above
+    assert base.n is not None
     table = Table(
         comparison=comparison,
         model=bundle.spec.reference,

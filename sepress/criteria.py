@@ -75,20 +75,22 @@ def mean_excitation(facts: Facts) -> dict[str, Judgement]:
 
 
 def contribution(facts: Facts) -> dict[str, Judgement]:
-    """sqrt(E[x_c^2]) * ||w_c||: what a unit brings to those that read it, x after gate, norm and add.
+    """std(x_c) * ||w_c||: how much of what its readers compute a unit varies, x after gate, norm and add.
 
-    At every conv or linear layer that reads the group, the energy E[x_c^2] ||w_c||^2 of each position is
-    divided by the layer's total: the share of the output's energy, were the inputs uncorrelated. Layers are
-    mostly followed by a norm, which takes away their absolute scale, so only shares can be added over
-    readers. A unit's score is the root of the sum of its shares, over its positions and all readers.
+    At every conv or linear layer that reads the group, Var[x_c] ||w_c||^2 of each position is divided by the
+    layer's total: the share of the output's variance, were the inputs uncorrelated. The mean of x_c is left
+    out, since the batch norm that follows takes it away once it is recalibrated: a channel that is constant,
+    however large, carries nothing. The norm takes away the layer's absolute scale as well, so only shares
+    can be added over readers. A unit's score is the root of the sum of its shares, over its positions and
+    all readers.
     """
     prunable = facts.coupling.prunable()
     totals = {group.name: np.zeros(group.units) for group in prunable}
     readers = dict.fromkeys(totals, 0)
     weights = dict(facts.net.named_parameters(remove_duplicate=False))
     for reader, places in _readings(facts.coupling):
-        energy = weight_energy(weights[reader.parameter], reader) * facts.measured.energy(reader).numpy()
-        share = energy / (energy.sum() or 1)
+        power = weight_energy(weights[reader.parameter], reader) * facts.measured.variance(reader).numpy()
+        share = power / (power.sum() or 1)
         for group, here in places:
             totals[group.name] += _per_unit(group, reader.unit[here], share[here])
             readers[group.name] += 1
@@ -156,7 +158,7 @@ CRITERIA: dict[str, Criterion] = {
             "contribution",
             frozenset({"contribution"}),
             contribution,
-            "energy of the recalibrated channel times the weights that read it",
+            "spread of the recalibrated channel times the weights that read it",
         ),
         Criterion(
             "fisher", frozenset({"fisher"}), fisher, "squared gradient of a gate on the channel; needs labels"
@@ -308,7 +310,7 @@ def _dead_units(coupling: Coupling, stats: ExcitationStats) -> dict[str, int]:
     energy: dict[str, np.ndarray] = {}
     for reader, places in _readings(coupling):
         for group, here in places:
-            read = _per_unit(group, reader.unit[here], stats.energy(reader).numpy()[here])
+            read = _per_unit(group, reader.unit[here], stats.mean_square(reader).numpy()[here])
             energy[group.name] = energy.get(group.name, 0) + read
     return {name: int((e == 0).sum()) for name, e in energy.items() if (e == 0).any()}
 

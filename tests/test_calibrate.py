@@ -88,7 +88,7 @@ def test_excitation_moments_are_those_of_the_gate(
 
 
 @torch.no_grad()
-def test_energy_is_the_mean_square_of_what_a_layer_reads(
+def test_mean_square_and_variance_are_those_of_what_a_layer_reads(
     net: Net, coupling: Coupling, images: Tensor
 ) -> None:
     read = {}
@@ -101,8 +101,13 @@ def test_energy_is_the_mean_square_of_what_a_layer_reads(
     net(images)
     readers = {r.parameter: r for r in coupling.readers}
     for name, x in read.items():
-        by_hand = x.square().flatten(2).mean((0, 2)) if x.dim() > 2 else x.square().mean(0)
-        torch.testing.assert_close(stats.energy(readers[name]), by_hand, rtol=1e-6, atol=0)
+        columns = x.movedim(1, 0).flatten(1)  # (P, images and places)
+        torch.testing.assert_close(
+            stats.mean_square(readers[name]), columns.square().mean(1), rtol=1e-6, atol=0
+        )
+        torch.testing.assert_close(
+            stats.variance(readers[name]), columns.var(1, correction=0), rtol=1e-5, atol=1e-9
+        )
 
 
 def test_fisher_is_the_square_of_each_images_gradient_summed_over_readers(

@@ -137,19 +137,30 @@ def test_gates_that_cover_a_part_of_a_group_do_not_judge_it(
     assert ranking.mean_excitation == {}
 
 
-def test_contribution_of_inner_channels_is_their_rms_times_the_weights_that_read_them(
+def test_contribution_of_inner_channels_is_their_deviation_times_the_weights_that_read_them(
     net: Net, coupling: Coupling, batch: tuple[Tensor, Tensor]
 ) -> None:
     ranking = rank(coupling, measure(net, coupling, batch), criterion="contribution", net=net)
     with torch.no_grad():
         net(batch[0])
-    rms = net.block1.last.square().mean((0, 2, 3)).sqrt()
+    deviation = net.block1.last.transpose(0, 1).flatten(1).std(1, correction=0)
     norm = net.block1.conv2.weight.detach().square().sum((0, 2, 3)).sqrt()
-    by_hand = rms * norm
+    by_hand = deviation * norm
     np.testing.assert_allclose(
         ranking.scores["block1.conv1"], (by_hand / by_hand.square().sum().sqrt()).numpy(), rtol=1e-5
     )
     assert ranking.evidence["block1.conv1"] == "contribution at 1 reader"
+
+
+def test_a_constant_channel_contributes_nothing_however_large(
+    net: Net, coupling: Coupling, batch: tuple[Tensor, Tensor]
+) -> None:
+    norm = net.block1.norm1
+    with torch.no_grad():
+        norm.weight[2], norm.bias[2] = 0.0, 100.0
+    ranking = rank(coupling, measure(net, coupling, batch), criterion="contribution", net=net)
+    scores = ranking.scores["block1.conv1"]
+    assert min(scores) == scores[2] < 1e-3 * max(scores)
 
 
 def test_contribution_on_a_shortcut_adds_the_shares_of_all_its_readers_and_positions(
@@ -160,9 +171,11 @@ def test_contribution_on_a_shortcut_adds_the_shares_of_all_its_readers_and_posit
         net(batch[0])
     shares = torch.zeros(4)
     for x, conv in ((net.read1, net.block1.conv1), (net.read2, net.block2.conv1)):
-        energy = x.square().mean((0, 2, 3)) * conv.weight.detach().square().sum((0, 2, 3))
+        energy = x.transpose(0, 1).flatten(1).var(1, correction=0) * conv.weight.detach().square().sum(
+            (0, 2, 3)
+        )
         shares += energy / energy.sum()
-    energy = net.read3.square().mean(0) * net.head.weight.detach().square().sum(0)  # (16,)
+    energy = net.read3.var(0, correction=0) * net.head.weight.detach().square().sum(0)  # (16,)
     shares += (energy / energy.sum()).view(4, 4).sum(1)
     np.testing.assert_allclose(ranking.scores["stem"], shares.sqrt().numpy(), rtol=1e-5)
     assert ranking.evidence["stem"] == "contribution at 3 readers"

@@ -516,7 +516,7 @@ def test_markdown_tells_everything_that_a_report_must_have():
         "- Note: classes are taken in the data's order\n"
         "- Preprocessing: input 1 x 28 x 28, mean 0.1307, std 0.3081, bilinear resizing, centre crop 100.0%, "
         "taken from 'sepress: MNIST's training images'.\n",
-        "Criterion: contribution, the energy of a channel",
+        "Criterion: contribution, how much a channel varies",
         "- Weights of base: those of epoch 7, by top-1 on validation, 98.40%.",
         "- Latency: onnxruntime 1.20.0, CPU, 1 thread, batch 1, on A Processor; median of 30 inter",
         "- Latency of tuned: 0.750 ms (p10 0.675 ms, p90 0.825 ms), 0.48x of base (p10 0.47x, p90 0.49x).",
@@ -663,7 +663,7 @@ def test_the_table_of_groups_fits_sixty_columns_with_every_name_whole():
     assert ["stem", "gated", "8", "->", "4", "0.438", "contribution"] in cells
     assert ["block.se.fc1", "se-hidden", "4", "-", "contribution"] in cells
     said = " ".join(text.split())
-    assert "Criterion: contribution, the energy of a channel" in said
+    assert "Criterion: contribution, how much a channel varies" in said
     assert "gated = scaled by an SE gate; se-hidden = inside an SE block; frozen = kept whole." in said
     assert "ungated" not in said
     assert "UNTRAINED" not in said

@@ -369,7 +369,7 @@ def preprocessing_words(report: Report, *, figures: bool) -> list[str]:
 # ---- groups ---------------------------------------------------------------------------------------
 _CRITERIA = {
     "mean-excitation": "the mean of a channel's SE gate over the calibration images",
-    "contribution": "the energy of a channel (behind its gate) times the weights that read it",
+    "contribution": "how much a channel varies (behind its gate) times the weights that read it",
     "fisher": "how strongly the loss reacts to a gate on the channel (squared gradients)",
     "random": "random numbers by the seed, which any criterion has to beat",
     "l2": "the squared weights of the group's layers",
