@@ -31,7 +31,7 @@ from sepress.errors import InputError
 from sepress.files import write_json, write_text
 from sepress.measure import count_macs, environment
 from sepress.pruning import CHECK_IMAGES, first_images, limited, prune_channels
-from sepress.train import TrainConfig, evaluate, recalibrate_batchnorm, train
+from sepress.train import Accuracy, TrainConfig, evaluate, recalibrate_batchnorm, train
 from sepress.types import JSON, Bundle, Policy
 
 SCHEMA = "sepress.compare/1"
@@ -133,14 +133,7 @@ def compare(
     net = bundle.net.to(device).eval()
     cells_file = _open(out, bundle, source, comparison)
     done = {(cell.criterion, cell.seed): cell for cell in _read_cells(cells_file)}
-    base = evaluate(
-        net,
-        source,
-        split=comparison.split,
-        device=device,
-        batch_size=comparison.batch_size,
-        workers=comparison.workers,
-    )
+    base = _accuracy(net, source, comparison, device)
     images = _images(source, comparison, seed=comparison.seeds[0], device=device)
     coupling = trace(net, images[:1])
     total = len(comparison.seeds) * len(comparison.criteria)
@@ -238,8 +231,8 @@ def _images(source: DataSource, comparison: Comparison, *, seed: int, device: to
     return first_images(_calibration(source, comparison, seed=seed), CHECK_IMAGES).to(device)
 
 
-def _top1(net: nn.Module, source: DataSource, comparison: Comparison, device: torch.device) -> float:
-    accuracy = evaluate(
+def _accuracy(net: nn.Module, source: DataSource, comparison: Comparison, device: torch.device) -> Accuracy:
+    return evaluate(
         net,
         source,
         split=comparison.split,
@@ -247,6 +240,10 @@ def _top1(net: nn.Module, source: DataSource, comparison: Comparison, device: to
         batch_size=comparison.batch_size,
         workers=comparison.workers,
     )
+
+
+def _top1(net: nn.Module, source: DataSource, comparison: Comparison, device: torch.device) -> float:
+    accuracy = _accuracy(net, source, comparison, device)
     assert accuracy.top1 is not None  # labels were checked before the first cell
     return accuracy.top1
 
