@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -33,9 +34,23 @@ def log(message: str) -> None:
 
 def track(items: Iterable[T], description: str, *, total: int | None = None) -> Iterator[T]:
     """Yield the items behind a progress bar, or plainly where nobody watches a terminal."""
-    if _console is None or not _console.is_terminal or not sys.stderr.isatty():
+    if not _watched():
         yield from items
         return
     from rich.progress import track as rich_track
 
-    yield from rich_track(items, description, total=total, console=_console, transient=True, disable=False)
+    yield from rich_track(items, description, total=total, console=_console, transient=True)
+
+
+@contextmanager
+def working(description: str) -> Iterator[None]:
+    """Show that one piece of work without countable steps goes on, where somebody watches a terminal."""
+    if _console is None or not _watched():
+        yield
+        return
+    with _console.status(description):
+        yield
+
+
+def _watched() -> bool:
+    return _console is not None and _console.is_terminal and sys.stderr.isatty()

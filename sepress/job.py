@@ -173,7 +173,9 @@ class Job:
 
     def coupling(self) -> Coupling:
         """Trace the newest net on a calibration image."""
-        return trace(self.newest.net, self.images(1))
+        example = self.images(1)
+        with console.working("tracing"):
+            return trace(self.newest.net, example)
 
     def keep(
         self, label: str, net: nn.Module, *, lineage: dict[str, JSON], trained: bool

@@ -126,7 +126,8 @@ def prune_channels(
     for _ in range(MAX_REPLANS):
         pruned = copy.deepcopy(net)
         apply_removal(pruned, coupling, plan.removed)
-        check, culprits = check_removal(net, pruned, coupling, plan.removed, images)
+        with console.working("checking that masked = removed"):
+            check, culprits = check_removal(net, pruned, coupling, plan.removed, images)
         if check.passed is not False:
             break
         failed = CheckError(

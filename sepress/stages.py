@@ -169,7 +169,9 @@ def export_stage(job: Job, settings: Any) -> StageRecord:
     with ExitStack() as files:
         for each, name in names.items():
             temporary = files.enter_context(replacing(job.folder.file(name)))
-            checks[each] = _export(job, each, temporary, images, settings)
+            with console.working(f"exporting the {each} net and holding it to torch"):
+                checks[each] = _export(job, each, temporary, images, settings)
+    console.log("timing on ONNX Runtime")
     paths = {each: job.folder.file(name) for each, name in names.items()}
     facts = {
         "onnx_parity": asdict(checks[label]),

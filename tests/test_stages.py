@@ -373,3 +373,16 @@ def test_unreadable_images_within_the_allowed_share_are_counted_and_named_in_the
     )
     report = stages.run_recipe(what, out=tmp_path / "run").report
     assert report.data["corrupt"] == {"count": 1, "names": ["class3/5.png"]}
+
+
+def test_the_whole_job_runs_by_mean_excitation_and_says_what_judged_the_rest(
+    model: Path, tmp_path: Path
+) -> None:
+    by_gates = {"prune": {**PRUNE["prune"], "criterion": "mean-excitation"}}
+    what = recipe(by_gates, "export", model={"source": str(model)}, device="cpu")
+    report = stages.run_recipe(what, out=tmp_path / "run").report
+    evidence = {row.role: row.evidence for row in report.groups}
+    assert evidence["gated"].startswith("mean of ")
+    assert evidence["ungated"].startswith("L2")
+    assert report.criterion == "mean-excitation"
+    assert all(check.passed for check in report.checks.values())
