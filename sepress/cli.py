@@ -706,6 +706,9 @@ def _read_report(path: Path) -> "Report":
 
     from sepress.report import report_from_json
 
+    if not path.is_file():
+        plan = " (a dry run leaves plan.json only)" if path.with_name("plan.json").is_file() else ""
+        raise InputError(f"there is no report {path}{plan}", remedy="Pass a run folder, or its report.json.")
     try:
         found = report_from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
@@ -768,7 +771,7 @@ def run(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a packaged name.")],
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as stages.prune.ratio=0.4."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key: stages.prune.target_macs=0.4."),
     ] = None,
     require: Require = None,
     dry_run: DryRun = False,

@@ -107,6 +107,7 @@ class Table:
             f"{c.calibration_images} calibration images, BN recalibrated on {c.recalibration_images}, "
             f"{tuning}; seeds {', '.join(map(str, c.seeds))} (mean ± sample standard deviation); "
             f"{c.policy.scope} widths, rounded to {c.policy.round_to}.",
+            "One-shot is right after surgery, before anything is recalibrated: its order misleads.",
             "",
             "| criterion | MACs kept | one-shot | BN recalibrated | fine-tuned |",
             "|---|---:|---:|---:|---:|",
@@ -166,6 +167,7 @@ def compare(
     )
     write_json(out / "compare.json", table.to_json())
     write_text(out / "compare.md", table.to_markdown())
+    console.log(f"written to {out}")
     return table
 
 
@@ -255,7 +257,7 @@ def _open(out: Path, bundle: Bundle, source: DataSource, comparison: Comparison)
     weights = tensor_digest(bundle.net.state_dict())
     described = {"settings": facts, "data": source.fingerprint, "weights": weights}
     identity = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-    marker = out / "comparison.json"
+    marker = out / "settings.json"
     try:
         if marker.exists():
             if json.loads(marker.read_text(encoding="utf-8")).get("identity") != identity:

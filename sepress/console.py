@@ -22,7 +22,7 @@ def enable() -> Console:
     global _console
     from rich.console import Console
 
-    _console = Console(stderr=True, highlight=False)
+    _console = Console(stderr=True, highlight=False, emoji=False)  # `pkg:factory:` is a name
     return _console
 
 

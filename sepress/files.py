@@ -9,14 +9,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sepress.errors import InputError
 from sepress.types import JSON
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the target's folder; rename it to the target when all went well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=path.suffix, dir=path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=path.suffix, dir=path.parent)
+    except OSError as error:
+        raise InputError(
+            f"{path} can't be written: {error.strerror or error}",
+            remedy="Choose a folder that can be written.",
+        ) from error
     os.close(handle)
     temporary = Path(name)
     try:

@@ -81,7 +81,13 @@ class Job:
             overrides=overrides(recipe),
             class_names=source.class_names,
         )
-        return spec, source
+        known = open_data(  # again, for these classes: the order of the outputs is no assumption here
+            chosen,
+            preprocessing=spec.preprocessing,
+            class_names=source.class_names,
+            num_classes=source.num_classes,
+        )
+        return spec, known
 
     def _check_labels(self) -> None:
         if self.source.labels_reason is None:

@@ -101,7 +101,7 @@ def plan_pruning(ranking: Ranking, coupling: Countable, *, policy: Policy) -> Pr
         macs_after=coupling.count_macs(removed),
         params_before=coupling.count_params({}),
         params_after=coupling.count_params(removed),
-        notes=(*notes, *_ladder_notes([*own, *free], removed, policy)),
+        notes=(*_ratio_note(free, removed, policy), *notes, *_ladder_notes([*own, *free], removed, policy)),
     )
 
 
@@ -640,6 +640,17 @@ def _expected(where: str, what: str, value: JSON) -> InputError:
 
 
 # ---- words --------------------------------------------------------------------------------------
+def _ratio_note(ladders: Sequence[_Ladder], removed: Removed, policy: Policy) -> list[str]:
+    """What a ratio came to, since widths go in steps."""
+    if policy.ratio is None or not ladders:
+        return []
+    total = sum(ladder.group.width for ladder in ladders)
+    gone = sum(ladder.group.unit_width * len(removed.get(ladder.name, ())) for ladder in ladders)
+    return [
+        f"Asked to remove {policy.ratio:.1%} of {total:,} prunable channels; in steps, {gone / total:.1%} go."
+    ]
+
+
 def _ladder_notes(ladders: Sequence[_Ladder], removed: Removed, policy: Policy) -> list[str]:
     narrow = [
         ladder for ladder in ladders if ladder.group.width < 4 * policy.round_to and len(ladder.rungs) > 1

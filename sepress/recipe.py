@@ -569,7 +569,7 @@ def _override(values: dict[str, Any], marks: dict[KeyPath, str], text: str) -> N
     mark = f"--set {dotted}"
     if not equals or not all(keys):
         raise InputError(
-            f"--set {text}: expected key.path=value, such as stages.prune.ratio=0.4", remedy=HELP
+            f"--set {text}: expected key.path=value, such as stages.prune.target_macs=0.4", remedy=HELP
         )
     if keys[0] == "stages" and len(keys) > 1:
         stage = _find_stage(values.get("stages"), str(keys[1]), mark)

@@ -43,6 +43,7 @@ class RunFolder:
         self.path = path
         self.inputs = dict(inputs)
         self._records: list[StageRecord] = []
+        self._new = not path.exists()
         try:
             if (path / STATE).exists():
                 self._records = _read_records(path / STATE, self.inputs)
@@ -86,6 +87,15 @@ class RunFolder:
         self._write()
         return record
 
+    def abandon(self) -> None:
+        """Take a folder away again that was made for a run which was refused before it left anything."""
+        ours = {STATE, RECIPE}
+        made = any(record.artifacts for record in self._records)
+        if self._new and not made and {path.name for path in self.path.iterdir()} <= ours:
+            for name in ours:
+                self.file(name).unlink(missing_ok=True)
+            self.path.rmdir()
+
     def reject(self, name: str) -> None:
         """Rename a file to NAME.rejected, so that nothing takes it for one that passed its checks."""
         path = self.file(name)
@@ -112,7 +122,7 @@ def _read_records(state: Path, inputs: Mapping[str, str]) -> list[StageRecord]:
     other = [what for what in {**found, **inputs} if found.get(what) != inputs.get(what)]
     if other:
         raise InputError(
-            f"the run folder {state.parent} belongs to another run: its {' and '.join(other)} differ",
+            f"the run folder {state.parent} belongs to another run, of another {' and another '.join(other)}",
             remedy=f"See {RECIPE} there; choose another folder (out: or --out), or delete it.",
         )
     return records

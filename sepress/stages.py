@@ -23,7 +23,7 @@ from sepress.calibrate import ExcitationStats
 from sepress.compare import Comparison, Table, compare
 from sepress.coupling import Coupling
 from sepress.device import resolve_device, seeded
-from sepress.errors import CheckError, InputError
+from sepress.errors import CheckError, InputError, SepressError
 from sepress.export import check_onnx_parity, export_onnx, measure_onnx_latency
 from sepress.files import replacing, write_json, write_text
 from sepress.inspection import Inspection, inspect_bundle
@@ -111,7 +111,6 @@ def prune_stage(job: Job, settings: Any) -> StageRecord:
     images = settings.recalibration_images
     recalibrate_batchnorm(surgery.net, limited(job.calibration(images), images), device=job.device)
     plan = plan_to_json(surgery.plan)
-    write_json(job.folder.file("ranking.json"), _ranking_json(job, ranking))
     write_json(job.folder.file("plan.json"), plan)
     lineage = {**parent.lineage, "plans": [*parent.lineage.get("plans", ()), plan], "base": job.origin()}
     name, saved = job.keep("pruned", surgery.net, lineage=lineage, trained=parent.spec.trained)
@@ -126,7 +125,11 @@ def prune_stage(job: Job, settings: Any) -> StageRecord:
             f"calibrated on {stats.images} images from train, batch norm recalibrated on up to {images}",
         ],
     }
-    return StageRecord("prune", {"pruned": name, "plan": "plan.json", "ranking": "ranking.json"}, facts)
+    files = {"pruned": name, "plan": "plan.json"}
+    if given is None:
+        write_json(job.folder.file("ranking.json"), _ranking_json(job, ranking))
+        files["ranking"] = "ranking.json"
+    return StageRecord("prune", files, facts)
 
 
 def finetune_stage(job: Job, settings: Any) -> StageRecord:
@@ -209,8 +212,16 @@ def run_recipe(recipe: Recipe, *, out: Path | None = None, dry_run: bool = False
     path = out or (Path(recipe.out) if recipe.out else new_folder(_default_folder(recipe)))
     inputs = {"recipe": recipe_digest(recipe), **job.inputs}
     job.folder = RunFolder(path, recipe_text=effective_yaml(recipe), inputs=inputs)
-    if dry_run:
-        return _dry_run(job)
+    console.log(f"run folder: {path}")
+    try:
+        return _dry_run(job) if dry_run else _run_stages(job)
+    except SepressError:
+        job.folder.abandon()
+        raise
+
+
+def _run_stages(job: Job) -> Outcome:
+    recipe, path = job.recipe, job.folder.path
     for index, (kind, settings) in enumerate(_stage_list(recipe)):
         record = job.folder.finished(index, kind)
         if record is None:

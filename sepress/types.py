@@ -72,9 +72,11 @@ class Bundle:
     """A network together with what is needed to save it, load it and trust it."""
 
     spec: ModelSpec
-    layout: Layout
-    lineage: Mapping[str, JSON]  # data, recipe, plans, environment, parent; JSON values only
-    net: nn.Module
+    layout: Layout = field(repr=False)
+    lineage: Mapping[str, JSON] = field(
+        repr=False
+    )  # data, recipe, plans, environment, parent; JSON values only
+    net: nn.Module = field(repr=False)
 
 
 # ---- structure ----------------------------------------------------------------------------------
@@ -159,9 +161,9 @@ class Ranking:
     """A score per unit and group (higher = keep) and the evidence that judged each group."""
 
     criterion: str
-    scores: Mapping[str, tuple[float, ...]]
-    evidence: Mapping[str, str]  # group -> what judged it, in words
-    mean_excitation: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # gated groups
+    scores: Mapping[str, tuple[float, ...]] = field(repr=False)
+    evidence: Mapping[str, str] = field(repr=False)  # group -> what judged it, in words
+    mean_excitation: Mapping[str, tuple[float, ...]] = field(default_factory=dict, repr=False)  # gated groups
     warnings: tuple[str, ...] = ()
 
 
@@ -186,10 +188,10 @@ class PruningPlan:
 
     policy: Policy
     criterion: str
-    removed: Removed
-    widths_before: Mapping[str, int]
-    widths_after: Mapping[str, int]
-    evidence: Mapping[str, str]
+    removed: Removed = field(repr=False)
+    widths_before: Mapping[str, int] = field(repr=False)
+    widths_after: Mapping[str, int] = field(repr=False)
+    evidence: Mapping[str, str] = field(repr=False)
     macs_before: int
     macs_after: int
     params_before: int
@@ -245,15 +247,15 @@ class Report:
 
     name: str
     measurements: tuple[Measurement, ...]
-    groups: tuple[GroupRow, ...]
+    groups: tuple[GroupRow, ...] = field(repr=False)
     checks: Mapping[str, Check]
     artifacts: Mapping[str, str | None]
-    environment: Mapping[str, JSON]
+    environment: Mapping[str, JSON] = field(repr=False)
     criterion: str
-    recipe: Mapping[str, JSON] = field(default_factory=dict)
+    recipe: Mapping[str, JSON] = field(default_factory=dict, repr=False)
     constraints: tuple[Mapping[str, JSON], ...] = ()
     notes: tuple[str, ...] = ()
     trained: bool = True  # False: random weights, and every rendering says so
     selection: Mapping[str, JSON] = field(default_factory=dict)  # label -> {epoch, val_top1} chosen on val
-    data: Mapping[str, JSON] = field(default_factory=dict)  # DataSource.describe()
-    preprocessing: Mapping[str, JSON] = field(default_factory=dict)  # the base's, with its origin
+    data: Mapping[str, JSON] = field(default_factory=dict, repr=False)  # DataSource.describe()
+    preprocessing: Mapping[str, JSON] = field(default_factory=dict, repr=False)  # the base's, with its origin

@@ -310,7 +310,7 @@ def test_defaults_in_the_help_are_the_recipes() -> None:
         ("run recipe.yaml --set stages.prune.ratio=2", "--set stages.prune.ratio: should be less than 1"),
         ("run recipe.yaml --require 'top1>2'", "--require: top1 is a fraction"),
         ("run recipe.yaml --set require.a=1", "--set require.a: should be a list"),
-        ("report gone", "gone can't be read as a report"),
+        ("report gone", "there is no report gone"),
         ("report recipe.yaml", "recipe.yaml can't be read as a report"),
         ("report runs/quickstart --format html", "--format html: expected terminal or markdown"),
         ("report runs/quickstart --format markdown --json", "--json and --format markdown exclude"),

@@ -204,8 +204,8 @@ def test_set_reaches_into_short_forms_and_makes_what_is_not_there(write: Any) ->
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("seed", "--set seed: expected key.path=value, such as stages.prune.ratio=0.4"),
-        ("a..b=1", "--set a..b=1: expected key.path=value, such as stages.prune.ratio=0.4"),
+        ("seed", "--set seed: expected key.path=value, such as stages.prune.target_macs=0.4"),
+        ("a..b=1", "--set a..b=1: expected key.path=value, such as stages.prune.target_macs=0.4"),
         ("stages.train.lr=1", "--set stages.train.lr: no stage is 'train'"),
         ("stages.2.lr=1", "--set stages.2.lr: no stage is '2'"),
         ("model.source.x=1", "--set model.source.x: model.source holds no keys"),

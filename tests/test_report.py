@@ -608,7 +608,7 @@ def test_checks_and_files_follow_the_table():
         in text
     )
     assert "top1_drop<=0.01: met (0.007: base 0.986, tuned 0.979)" in text
-    assert "1 of 3 groups of channels got narrower; judged by: contribution (2)." in text
+    assert "1 of 3 groups of channels got narrower; judged by: contribution (1)." in text
     assert "Data: photos/digits (3,500 train, 500 val, 1,000 test images).\n" in text.replace(" \n", "\n")
     assert "Preprocessing: input 1 x 28 x 28, taken from 'sepress: MNIST's training images'." in text
     assert "Note: classes are taken in the data's order" in text

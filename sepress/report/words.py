@@ -433,7 +433,8 @@ def groups_sentence(report: Report, *, most: int = 3) -> str:
     said = f"{cut} of {total} groups of channels got narrower"
     if not pruned(report):
         said = f"{total} group{'' if total == 1 else 's'} of channels, none pruned"
-    judges = Counter(row.evidence for row in report.groups if row.role != "frozen")
+    counted = [row for row in report.groups if row.width_after < row.width_before or not pruned(report)]
+    judges = Counter(row.evidence for row in counted if row.role != "frozen")
     judged = [f"{judge} ({n})" for judge, n in judges.most_common()]
     return (
         f"{said}; judged by: {listed(judged, most, between='; ')}."
