@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from sepress import console
@@ -88,7 +89,8 @@ def rank_stage(job: Job, settings: Any) -> StageRecord:
         "criterion": ranking.criterion,
         "notes": [*ranking.warnings, f"calibrated on {stats.images} images from train"],
     }
-    return StageRecord("rank", {"ranking": "ranking.json"}, facts)
+    files = {"ranking": "ranking.json", "excitation": _write_statistics(job, stats)}
+    return StageRecord("rank", files, facts)
 
 
 def prune_stage(job: Job, settings: Any) -> StageRecord:
@@ -125,7 +127,7 @@ def prune_stage(job: Job, settings: Any) -> StageRecord:
             f"calibrated on {stats.images} images from train, batch norm recalibrated on up to {images}",
         ],
     }
-    files = {"pruned": name, "plan": "plan.json"}
+    files = {"pruned": name, "plan": "plan.json", "excitation": _write_statistics(job, stats)}
     if given is None:
         write_json(job.folder.file("ranking.json"), _ranking_json(job, ranking))
         files["ranking"] = "ranking.json"
@@ -385,6 +387,14 @@ def _public_lineage(bundle: Bundle) -> dict[str, JSON]:
     """The lineage without local paths, for files that travel."""
     public = {key: bundle.lineage[key] for key in ("stage", "plans", "environment") if key in bundle.lineage}
     return public | {"data": bundle.lineage.get("data", {}).get("fingerprint")}
+
+
+def _write_statistics(job: Job, stats: ExcitationStats) -> str:
+    tensors, metadata = stats.to_tensors()
+    name = "excitation.safetensors"
+    with replacing(job.folder.file(name)) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+    return name
 
 
 def _ranking_json(job: Job, ranking: Ranking) -> dict[str, JSON]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from sepress import pruning, stages
 from sepress.bundle import load_bundle
@@ -54,6 +55,8 @@ def test_a_file_that_sepress_trained_is_pruned_exported_and_reported_without_nam
     assert outcome.folder != model.parent
     names = {path.name for path in outcome.folder.iterdir()}
     assert {"pruned.pt", "model.onnx", "plan.json", "ranking.json", "report.json", "report.md"} <= names
+    with safe_open(outcome.folder / "excitation.safetensors", "pt") as file:
+        assert any(key.startswith("gate/") for key in file.keys())  # noqa: SIM118 (not a dict)
     report = json.loads((outcome.folder / "report.json").read_text())
     base, pruned = report["measurements"]
     assert (base["label"], pruned["label"]) == ("base", "pruned")
