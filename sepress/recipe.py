@@ -167,7 +167,7 @@ class _Training(_Settings):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = TrainConfig.label_smoothing
     ema_decay: Share | None = TrainConfig.ema_decay
     clip_norm: Positive | None = TrainConfig.clip_norm
-    amp: Literal["auto", "off"] = TrainConfig.amp
+    amp: Literal["auto", "bfloat16", "off"] = TrainConfig.amp
     channels_last: Literal["auto", "off"] = TrainConfig.channels_last
 
     @model_validator(mode="after")

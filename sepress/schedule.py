@@ -31,7 +31,9 @@ class TrainConfig:
     clip_norm: float | None = (
         5.0  # of all gradients together: above a healthy step's, so it stops spikes only
     )
-    amp: Literal["auto", "off"] = "auto"  # auto: bfloat16 (or float16, scaled) on cuda, off elsewhere
+    # auto: bfloat16 (or float16, scaled) on cuda, off elsewhere. bfloat16: everywhere; on CPUs that have it,
+    # 1.6 times as fast for plain convolutions and half as fast for depthwise ones (measured on AMD EPYC).
+    amp: Literal["auto", "bfloat16", "off"] = "auto"
     channels_last: Literal["auto", "off"] = "auto"  # auto: cuda and cpu (a fifth faster on a small SE-ResNet)
     seed: int = 0  # of order, augmentation and dropout; the first weights are the caller's
     distill_weight: float = 0.5  # share of the teacher in the loss, where there is a teacher
@@ -69,7 +71,7 @@ _RANGES: tuple[tuple[str, Callable[..., bool], str], ...] = (
     ("label_smoothing", lambda v: 0 <= v < 1, "a fraction from 0 to below 1"),
     ("ema_decay", lambda v: v is None or 0 < v < 1, "null, or a fraction between 0 and 1"),
     ("clip_norm", lambda v: v is None or _positive(v), "null, or a finite number above 0"),
-    ("amp", lambda v: v in ("auto", "off"), "auto or off"),
+    ("amp", lambda v: v in ("auto", "bfloat16", "off"), "auto, bfloat16 or off"),
     ("channels_last", lambda v: v in ("auto", "off"), "auto or off"),
     ("seed", lambda v: v >= 0, "an integer, at least 0"),
     ("distill_weight", lambda v: 0 <= v <= 1, "a fraction from 0 to 1"),

@@ -426,6 +426,12 @@ def test_an_interrupted_run_goes_on_to_the_same_weights_to_the_bit(
     assert result.best_epoch == expected.best_epoch
 
 
+def test_bfloat16_is_taken_on_a_cpu_where_it_is_asked_for() -> None:
+    cpu = torch.device("cpu")
+    assert loop._mixed_precision(TrainConfig(amp="bfloat16"), cpu) is torch.bfloat16
+    assert loop._mixed_precision(TrainConfig(), cpu) is None
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_mixed_precision_trains_and_goes_on_to_the_bit(
     source: DataSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype

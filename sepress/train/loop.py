@@ -404,7 +404,9 @@ class WeightAverage:
 
 
 def _mixed_precision(config: TrainConfig, device: torch.device) -> torch.dtype | None:
-    """The dtype of autocast, None for none: a CPU gains nothing and MPS little."""
+    """The dtype of autocast, None for none: on a CPU it depends on the net, and MPS gains little."""
+    if config.amp == "bfloat16":
+        return torch.bfloat16
     if config.amp == "off" or device.type != "cuda":
         return None
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
