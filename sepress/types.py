@@ -165,6 +165,9 @@ class Ranking:
     evidence: Mapping[str, str] = field(repr=False)  # group -> what judged it, in words
     mean_excitation: Mapping[str, tuple[float, ...]] = field(default_factory=dict, repr=False)  # gated groups
     warnings: tuple[str, ...] = ()
+    # group -> the predicted loss once 0, 1, 2, ... units of its order are gone (units + 1 figures at most);
+    # comparable over groups. Empty where the criterion has no such unit.
+    costs: Mapping[str, tuple[float, ...]] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
