@@ -1,0 +1,37 @@
+"""Turn a ranking into a plan: which units of which group go, and what that predicts. Pure functions.
+
+Every group has a **ladder**, the widths it may take: its full width, then multiples of its rounding
+step down to its floor. A **schedule** is one order over all steps of all ladders, and a plan is a
+prefix of it, so that a larger ratio removes whatever a smaller one does:
+
+- per-group scope: a step comes at the ratio at which rounding to the nearest width takes it; steps
+  that come together are taken in ranking order (cheapest first);
+- global scope: a step comes by its cost, the mean score of the units that go over the mean
+  score of their group (scores of different layers are not comparable raw).
+
+A ratio takes the prefix that rounds every group to its nearest width, moved along the schedule
+until the total is within one step of the largest group; where a step of wide units jumps over that, smaller
+steps are given back. A target in MACs or parameters takes the first prefix at or below it, then gives
+back what fits, at most one step a group: at or below the target, as near as the steps allow. Of two
+units with equal scores the lower index goes first.
+"""
+
+from __future__ import annotations
+
+from sepress.plan.files import SCHEMA, plan_from_json, plan_to_json
+from sepress.plan.planning import PlanRow, check_plan, format_plan, plan_pruning
+from sepress.plan.policy import GLOBAL_LIMIT, SCOPES, Countable, check_policy
+
+__all__ = [
+    "GLOBAL_LIMIT",
+    "SCHEMA",
+    "SCOPES",
+    "Countable",
+    "PlanRow",
+    "check_plan",
+    "check_policy",
+    "format_plan",
+    "plan_from_json",
+    "plan_pruning",
+    "plan_to_json",
+]
