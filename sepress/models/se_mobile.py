@@ -69,6 +69,10 @@ class SEMobile(nn.Module):
         self.bn2 = nn.BatchNorm2d(scaled(HEAD))
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(scaled(HEAD), num_classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As `initialise` says; whoever draws the layers' own first weights again calls it after them."""
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:

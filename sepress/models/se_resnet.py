@@ -63,6 +63,10 @@ class SEResNet(nn.Module):
         )
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels[-1], num_classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As `initialise` says; whoever draws the layers' own first weights again calls it after them."""
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A net and a labelled split -> how often it is right, and its loss."""
+"""A net and a labelled split -> how often it is right, on which images, and its loss."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from sepress.modes import evaluating
 from sepress.train.ranks import check_world, total
 
 if TYPE_CHECKING:
-    from sepress.data import DataSource
+    from sepress.data import DataSource, Loader
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,49 @@ def evaluate(
     loss_sum = torch.zeros(2, dtype=torch.float64)  # of the loss, and images whose loss is not finite
     net.to(device)
     with evaluating(net):
-        for inputs, targets in console.track(loader, f"evaluating on {split}", total=len(loader)):
-            known = targets >= 0
-            logits = (
-                logits_of(net(inputs.to(device, non_blocking=True)), classes=classes).float().cpu()[known]
-            )
-            _count(counts, loss_sum, logits, targets[known])
+        for logits, targets in _classify(net, loader, split, classes=classes, device=device):
+            _count(counts, loss_sum, logits, targets)
     sums = torch.cat([counts.flatten(), loss_sum]).to(device if world_size > 1 else "cpu")
     sums = total(sums, world_size=world_size).cpu()
     return _accuracy(split, names, sums[:-2].view(3, classes), *sums[-2:].tolist())
+
+
+def find_right(
+    net: nn.Module,
+    source: DataSource,
+    *,
+    split: str,
+    device: torch.device,
+    batch_size: int = 256,
+    workers: int = 0,
+) -> np.ndarray:
+    """Which labelled images of the split the net is right on, (n,) bool, in the split's order.
+
+    The same images for every net, so that two nets can be compared in pairs; the mean is `evaluate`'s top-1.
+    The net is moved to the device; its mode is restored. Where outputs are not finite, the net is wrong.
+    Raises InputError where there is no labelled image.
+    """
+    loader = make_loader(source.dataset(split), batch_size=batch_size, workers=workers)
+    classes = len(output_names(source))
+    net.to(device)
+    with evaluating(net):
+        right = [
+            (logits.argmax(1) == targets) & logits.isfinite().all(1)
+            for logits, targets in _classify(net, loader, split, classes=classes, device=device)
+        ]
+    if not sum(map(len, right)):
+        raise InputError(f"no image of the {split} split has a label")
+    return torch.cat(right).numpy()
+
+
+def _classify(
+    net: nn.Module, loader: Loader, split: str, *, classes: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits (N, K) float32 and targets (N,) of the labelled images, batch by batch, on the CPU."""
+    for inputs, targets in console.track(loader, f"evaluating on {split}", total=len(loader)):
+        known = targets >= 0
+        logits = logits_of(net(inputs.to(device, non_blocking=True)), classes=classes)
+        yield logits.float().cpu()[known], targets[known]
 
 
 def _count(counts: Tensor, loss_sum: Tensor, logits: Tensor, targets: Tensor) -> None:
