@@ -6,8 +6,9 @@ hand-written `forward` as well as in modules, and needs no hook on a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from sepress.coupling import Coupling
 from sepress.coupling.trace import function_name
@@ -25,9 +26,21 @@ from sepress.types import CallSite, Gate, Reader, Removed
 
 OnGate = Callable[[Gate, Tensor], "Tensor | None"]
 OnRead = Callable[[Reader, Tensor], "Tensor | None"]
+OnCall = Callable[[Reader, "ReaderCall"], None]
 _Handler = Callable[[Tensor], "Tensor | None"]
 
 _IDLE = -(1 << 60)  # the counter outside of a forward: no site is ever met
+
+
+@dataclass(frozen=True)
+class ReaderCall:
+    """The call of a conv or linear layer that was just made: what it read, how, and what came of it."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    x: Tensor  # the activation read
+    result: Tensor
 
 
 class Taps(TorchFunctionMode):
@@ -35,8 +48,9 @@ class Taps(TorchFunctionMode):
 
     `on_gate(gate, s)` gets the excitation as it is multiplied, after its squash; `on_read(reader, x)` the
     activation that a conv or linear layer is about to read. What they return replaces the operand; None
-    leaves it. `net` must be in the mode that was traced (eval). Callbacks run outside of the mode: their own
-    torch calls are neither counted nor tapped. Raises SepressError where a forward is not the traced one.
+    leaves it. `on_call(reader, call)` looks at the layer's call once it is made. `net` must be in the mode
+    that was traced (eval). Callbacks run outside of the mode: their own torch calls are neither counted nor
+    tapped. Raises SepressError where a forward is not the traced one.
     """
 
     def __init__(
@@ -46,6 +60,7 @@ class Taps(TorchFunctionMode):
         *,
         on_gate: OnGate | None = None,
         on_read: OnRead | None = None,
+        on_call: OnCall | None = None,
     ) -> None:
         super().__init__()
         self._net = net
@@ -60,6 +75,10 @@ class Taps(TorchFunctionMode):
                 self._handlers.setdefault(reader.site.index, []).append(
                     (reader.site, partial(on_read, reader))
                 )
+        self._watchers: dict[int, list[tuple[Reader, OnCall]]] = {}
+        if on_call is not None:
+            for reader in coupling.readers:
+                self._watchers.setdefault(reader.site.index, []).append((reader, on_call))
 
     def __enter__(self) -> Taps:
         # Ours is the first hook: the calls of a user's own hooks were counted when the net was traced.
@@ -88,7 +107,13 @@ class Taps(TorchFunctionMode):
         self._index = index + 1
         if index in self._handlers:
             args, kwargs = self._visit(index, func, args, kwargs or {})
-        return func(*args, **kwargs) if kwargs else func(*args)
+        result = func(*args, **kwargs) if kwargs else func(*args)
+        for reader, watch in self._watchers.get(index, ()):
+            watch(
+                reader,
+                ReaderCall(func, args, kwargs or {}, _operand(reader.site, func, args, kwargs), result),
+            )
+        return result
 
     def _visit(
         self, index: int, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -98,10 +123,7 @@ class Taps(TorchFunctionMode):
         tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         replaced = False
         for site, handler in self._handlers[index]:
-            if function_name(func) != site.function or site.operand >= len(tensors):
-                raise _other_path(
-                    f"call {index} is {function_name(func)}, not {site.function} ({site.module})"
-                )
+            _check_call(site, func, len(tensors))
             place = tensors[site.operand]
             operand = handler(leaves[place])
             if operand is not None:
@@ -172,6 +194,17 @@ def rows_per_image(x: Tensor, axis: int, images: int) -> int:
             remedy="Use a criterion without figures per image: contribution, l2.",
         )
     return rows
+
+
+def _operand(site: CallSite, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Tensor:
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    _check_call(site, func, len(tensors))
+    return tensors[site.operand]
+
+
+def _check_call(site: CallSite, func: Callable[..., Any], tensors: int) -> None:
+    if function_name(func) != site.function or site.operand >= tensors:
+        raise _other_path(f"call {site.index} is {function_name(func)}, not {site.function} ({site.module})")
 
 
 def _other_path(what: str) -> SepressError:

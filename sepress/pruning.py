@@ -10,7 +10,7 @@ import copy
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from sepress.device import resolve_device, seeded
 from sepress.errors import CheckError, InputError
 from sepress.measure import count_macs, count_params, environment
 from sepress.plan import check_plan, check_policy, plan_pruning
+from sepress.reconstruct import compensate
 from sepress.train import recalibrate_batchnorm
 from sepress.types import (
     Check,
@@ -33,6 +34,7 @@ from sepress.types import (
     PruningPlan,
     Ranking,
     Report,
+    Scope,
 )
 
 CHECK_IMAGES = 8  # enough for a spread over images; the check runs them one by one
@@ -113,21 +115,27 @@ def prune_channels(
     how: Policy | PruningPlan,
     *,
     images: Tensor,
+    moments: ExcitationStats | None = None,
     allow_vacuous: bool = False,
 ) -> Surgery:
     """Plan, cut and verify on a copy of the net; what a failed check names is frozen and planned around.
 
-    `images` (n, ...) are real inputs, on the net's device. A plan in place of a policy is applied as it
-    stands, or not at all. Raises CheckError where masked = removed does not hold, or can't be told.
+    `images` (n, ...) are real inputs, on the net's device. With `moments`, statistics that hold that
+    evidence, the layers that read what goes are refitted before the cut, and the check is of the refitted
+    net. A plan in place of a policy is applied as it stands, or not at all. Raises CheckError where masked =
+    removed does not hold, or can't be told.
     """
     if isinstance(how, PruningPlan):
         check_plan(how, coupling)
     plan = how if isinstance(how, PruningPlan) else plan_pruning(ranking, coupling, policy=how)
     for _ in range(MAX_REPLANS):
-        pruned = copy.deepcopy(net)
+        whole = net if moments is None else copy.deepcopy(net)
+        if moments is not None:
+            compensate(whole, coupling, moments, plan.removed)
+        pruned = copy.deepcopy(whole)
         apply_removal(pruned, coupling, plan.removed)
         with console.working("checking that masked = removed"):
-            check, culprits = check_removal(net, pruned, coupling, plan.removed, images)
+            check, culprits = check_removal(whole, pruned, coupling, plan.removed, images)
         if check.passed is not False:
             break
         failed = CheckError(
@@ -189,7 +197,7 @@ def prune(
     target_macs: float | None = None,
     target_params: float | None = None,
     criterion: str = CRITERION,
-    scope: Literal["per-group", "global"] = "per-group",
+    scope: Scope = Policy.scope,
     round_to: int = Policy.round_to,
     min_width: int = Policy.min_width,
     gated_only: bool = False,

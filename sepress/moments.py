@@ -1,0 +1,157 @@
+"""What layers read -> its second moments, streamed in flat memory: the evidence of reconstruction.
+
+A layer is linear in its unfolded input (a row: positions x taps of its kernel), so the covariance of that
+input says what any change of its weight does to its output. Only sums are kept, and those of two sets of
+images add up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sepress.gates import ReaderCall
+from sepress.types import Reader
+
+WIDEST = 4608  # variables of one covariance: a 3x3 convolution over 512 channels, 170 MB in float64
+ROWS_PER_VARIABLE = 8  # an image gives a row for every eight variables, so that 512 images give 64 a variable
+FEWEST_ROWS = 16  # of an image
+_CHUNK = 1 << 25  # unfolded values that are held at a time
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a layer's weight and input are laid out for its moments: block by block of its groups.
+
+    `taps` is the size of the kernel where every tap of every position is a variable. It is 1 for linear
+    and transposed layers, and where that would be too wide: the taps then count as further outputs, which
+    neglects what neighbouring pixels have in common.
+    """
+
+    blocks: int
+    positions: int  # that one block reads
+    taps: int
+
+    @property
+    def variables(self) -> int:
+        return self.positions * self.taps
+
+
+def form_of(weight: Tensor, reader: Reader) -> Form:
+    """The form for a layer of that weight."""
+    positions = len(reader.unit) // reader.groups
+    taps = weight.shape[2:].numel() if weight.dim() > 2 and not reader.transposed else 1
+    return Form(reader.groups, positions, taps if positions * taps <= WIDEST else 1)
+
+
+def arrange(weight: Tensor, reader: Reader, form: Form) -> Tensor:
+    """A weight as (blocks, outputs, variables): what a row of one block is multiplied with, by output."""
+    if reader.transposed:  # (I, O / g, ...)
+        blocks = weight.reshape(form.blocks, form.positions, -1).transpose(1, 2)
+    elif weight.dim() <= 2:
+        blocks = weight.movedim(reader.dim, -1).reshape(1, -1, form.positions)
+    else:  # (O, I / g, ...)
+        blocks = weight.reshape(form.blocks, -1, form.positions, weight.shape[2:].numel())
+        blocks = blocks.transpose(2, 3).flatten(1, 2) if form.taps == 1 else blocks.flatten(2)
+    return blocks
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of the rows that one layer reads: how many, their mean (B, D) and covariance (B, D, D), float64.
+
+    `plain`: the layer multiplied with the parameter itself, not with something computed from it.
+    """
+
+    rows: int
+    mean: Tensor
+    covariance: Tensor
+    plain: bool
+
+
+def from_sums(sums: Mapping[str, Tensor], key: str) -> Moments | None:
+    """The moments of the reader of that key; None where none were collected."""
+    if f"moments/{key}/rows" not in sums:
+        return None
+    rows, calls, plain = (float(value) for value in sums[f"moments/{key}/rows"])
+    mean = sums[f"moments/{key}/sum"] / rows
+    square = sums[f"moments/{key}/square"] / rows
+    covariance = square - mean[:, :, None] * mean[:, None, :]
+    return Moments(int(rows), mean, (covariance + covariance.mT) / 2, plain == calls)
+
+
+def moment_sums(
+    reader: Reader, call: ReaderCall, weight: Tensor, *, images: int, seed: int
+) -> dict[str, Tensor]:
+    """The sums of one call, by the last part of their name, float64 on the CPU.
+
+    rows (3,): rows, calls, and calls that used `weight` itself; sum (B, D); square (B, D, D). Rows are a
+    random choice of the output's places, by the seed: neighbours say the same.
+    """
+    form = form_of(weight, reader)
+    wanted = images * max(FEWEST_ROWS, form.variables // ROWS_PER_VARIABLE)
+    generator = torch.Generator().manual_seed(seed)
+    count = 0
+    total = torch.zeros(form.blocks, form.variables, dtype=torch.float64)
+    square = torch.zeros(form.blocks, form.variables, form.variables, dtype=torch.float64)
+    for rows in _rows(reader, call, weight, form, wanted, generator):  # (B, R, D), float32
+        mean = rows.mean(1, keepdim=True)
+        centred = rows - mean  # about the part's own mean: no cancellation in float32
+        exact = mean.cpu().double()
+        total += rows.shape[1] * exact[:, 0]
+        square += (centred.mT @ centred).cpu().double() + rows.shape[1] * exact.mT * exact
+        count += rows.shape[1]
+    own = any(
+        isinstance(x, Tensor) and x.data_ptr() == weight.data_ptr()
+        for x in (*call.args, *call.kwargs.values())
+    )
+    return {"rows": torch.tensor([count, 1, int(own)], dtype=torch.float64), "sum": total, "square": square}
+
+
+def _rows(
+    reader: Reader, call: ReaderCall, weight: Tensor, form: Form, wanted: int, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """Parts of the wanted number of rows, each (B, R, D)."""
+    x = call.x.detach().float()
+    if weight.dim() > 2 and not reader.transposed and (form.taps > 1 or weight.shape[2:].numel() == 1):
+        places = call.result.shape[2:].numel()
+        most = max(1, _CHUNK // max(1, places * form.blocks * form.variables))
+        for part in torch.split(x, most):
+            share = math.ceil(wanted * len(part) / len(x))
+            yield _blocks(_choose(_unfold(part, call, weight), share, generator), form)
+    else:
+        flat = x.movedim(reader.site.axis, -1)
+        yield _blocks(_choose(flat.reshape(1, -1, flat.shape[-1]), wanted, generator), form)
+
+
+def _unfold(x: Tensor, call: ReaderCall, weight: Tensor) -> Tensor:
+    """What the kernel sees at every place, (N, L, C x taps), by the layer's own kind of convolution.
+
+    A kernel that is 1 at one tap picks that tap, with the stride, padding and dilation of the call.
+    """
+    kernel = weight.shape[2:]
+    taps = kernel.numel()
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    given = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
+    geometry = {name: given[name] for name in ("stride", "padding", "dilation") if name in given}
+    pick = torch.eye(taps, dtype=x.dtype, device=x.device).reshape(taps, 1, *kernel)
+    seen = call.function(x.reshape(-1, 1, *x.shape[2:]), pick, **geometry)  # (N C, taps, ...)
+    unfolded: Tensor = seen.reshape(len(x), x.shape[1] * taps, -1).mT
+    return unfolded
+
+
+def _choose(rows: Tensor, wanted: int, generator: torch.Generator) -> Tensor:
+    """As many of the rows (N, L, D), each at most once: (R, D)."""
+    images, places, variables = rows.shape
+    if wanted >= images * places:
+        return rows.reshape(-1, variables)
+    chosen = torch.randperm(images * places, generator=generator)[:wanted].to(rows.device)
+    return rows[chosen // places, chosen % places]
+
+
+def _blocks(rows: Tensor, form: Form) -> Tensor:
+    return rows.reshape(len(rows), form.blocks, form.variables).transpose(0, 1)
