@@ -1,7 +1,10 @@
 """torch-pruning's criteria on our groups, and its dependency graph as a second opinion; its only import.
 
-Group magnitude and group Taylor (Fang et al., DepGraph, CVPR 2023; Molchanov et al., CVPR 2019) are called,
-not written again: a baseline must be its authors'.
+They are called, not written again (Fang et al., DepGraph, CVPR 2023): a baseline must be its authors'. What
+they have in common, as version 1.6 has it: a layer gives a figure for every channel of the group, from its
+weights alone (no bias); a unit's figures are added over its channels and divided by the number of layers.
+Conv and linear layers count on the side where the group lies, affine norms by their scale where said so;
+a depthwise convolution counts nowhere.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import contextlib
 import copy
 import io
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,24 +36,63 @@ _NORMS = {ops.OPTYPE.BN, ops.OPTYPE.LN, ops.OPTYPE.GN, ops.OPTYPE.IN, ops.OPTYPE
 
 @dataclass(frozen=True)
 class BaselineScores:
-    """Scores per unit (U,), mean 1; None where torch-pruning knows no layer of the group."""
+    """Scores per unit (U,), mean 1; None where torch-pruning can't judge the group by its layers."""
 
     scores: np.ndarray | None
     left_out: tuple[str, ...]  # parameters that it has no notion of
 
 
+def group_l1(net: nn.Module, group: CouplingGroup) -> BaselineScores:
+    """Absolute weights (Li et al., ICLR 2017); batch and layer norms count."""
+    return _judge(net, group, tp.importance.GroupMagnitudeImportance(p=1, normalizer=None))
+
+
 def group_l2(net: nn.Module, group: CouplingGroup) -> BaselineScores:
-    """The group's magnitude by torch-pruning: squared weights, mean over the layers (p = 2)."""
+    """Squared weights (p = 2, without a root); batch and layer norms count."""
     return _judge(net, group, tp.importance.GroupMagnitudeImportance(p=2, normalizer=None))
 
 
+def group_lamp(net: nn.Module, group: CouplingGroup) -> BaselineScores:
+    """LAMP (Lee et al., ICLR 2021) of the group's L2: each score over the sum of those that are no smaller.
+
+    This rises with the L2, so within a group LAMP's order is that of `group_l2`; it differs between groups.
+    """
+    lamp = tp.importance.LAMPImportance()
+    lamp.normalizer = lambda scores: lamp._lamp(scores) if scores.any() else scores  # it would give 0 / 0
+    return _judge(net, group, lamp)
+
+
+def group_bn_scale(net: nn.Module, group: CouplingGroup) -> BaselineScores:
+    """|gamma| of the group's batch norms (Liu et al., Network Slimming, ICCV 2017)."""
+    return _judge(net, group, tp.importance.BNScaleImportance(normalizer=None))
+
+
+def group_fpgm(net: nn.Module, group: CouplingGroup) -> BaselineScores:
+    """The sum of a channel's distances to the group's others (He et al., FPGM, CVPR 2019); norms don't count.
+
+    torch-pruning measures them between squared weights (its p = 2), where the paper has the weights.
+    """
+    return _judge(net, group, tp.importance.FPGMImportance(normalizer=None))
+
+
 def group_taylor(net: nn.Module, group: CouplingGroup, *, gradients: Mapping[str, Tensor]) -> BaselineScores:
-    """The group's first-order Taylor importance by torch-pruning: |w dL/dw|, mean over the layers.
+    """|w dL/dw| (Molchanov et al., CVPR 2019); layer norms count, batch norms don't.
 
     `gradients` are dL/dw by state-dict name (ExcitationStats.gradients); a parameter without one counts as 0.
     """
     with _lent_gradients(net, group, gradients):
         return _judge(net, group, tp.importance.GroupTaylorImportance(normalizer=None))
+
+
+def group_hessian(net: nn.Module, group: CouplingGroup, *, squares: Mapping[str, Tensor]) -> BaselineScores:
+    """w^2 h, h a diagonal of the Hessian (LeCun et al., Optimal Brain Damage, NIPS 1989); norms count.
+
+    `squares` are E[(dL/dw)^2] over images by state-dict name (ExcitationStats.squared_gradients), which stand
+    for h. torch-pruning takes h from `.grad`, so they are lent to it there: its own `accumulate_grad` looks
+    for names where it keeps parameters, and so forgets all images but the last.
+    """
+    with _lent_gradients(net, group, squares):
+        return _judge(net, group, tp.importance.GroupHessianImportance(normalizer=None))
 
 
 def torch_pruning_groups(net: nn.Module, inputs: Any) -> list[frozenset[Slot]]:
@@ -102,11 +144,16 @@ class _Layer:
     @property
     def rank(self) -> tuple[bool, bool, int]:
         """torch-pruning sizes its result by the first layer, which must hold every unit: a producer first."""
-        return (
-            ops.module2type(self.module) not in {ops.OPTYPE.CONV, ops.OPTYPE.LINEAR},
-            self.side != "out",
-            -len(self.index),
-        )
+        return (not self.is_multiplying, self.side != "out", -len(self.index))
+
+    @property
+    def is_multiplying(self) -> bool:
+        return ops.module2type(self.module) in {ops.OPTYPE.CONV, ops.OPTYPE.LINEAR}
+
+    @property
+    def is_scaling(self) -> bool:
+        """A norm with a scale; torch-pruning passes over one without."""
+        return ops.module2type(self.module) in _NORMS and getattr(self.module, "weight", None) is not None
 
 
 def _layers(net: nn.Module, group: CouplingGroup) -> tuple[list[_Layer], tuple[str, ...]]:
@@ -151,9 +198,15 @@ def _channels(module: nn.Module, attribute: str, side: Side, member: Member) -> 
 
 
 def _judge(
-    net: nn.Module, group: CouplingGroup, importance: Callable[[Group], Tensor | None]
+    net: nn.Module, group: CouplingGroup, importance: tp.importance.GroupMagnitudeImportance
 ) -> BaselineScores:
-    layers, left_out = _layers(net, group)
+    every, left_out = _layers(net, group)
+    looks_at = tuple(importance.target_types)
+    layers = [
+        layer
+        for layer in every
+        if isinstance(layer.module, looks_at) and (layer.is_multiplying or layer.is_scaling)
+    ]
     judged = Group()
     for layer in layers:
         node = Node(layer.module, None, layer.name)
@@ -162,7 +215,7 @@ def _judge(
         item = GroupItem(Dependency(function, function, node, node), layer.index.tolist())
         item.root_idxs = layer.unit.tolist()
         judged._group.append(item)
-    if not layers or len(layers[0].index) < group.units or layers[0].rank[0]:
+    if not layers or len(layers[0].index) < group.units:
         return BaselineScores(None, left_out)
     with _silence():
         result = importance(judged)
