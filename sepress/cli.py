@@ -183,7 +183,9 @@ class PlanOptions(OptionGroup):
     target_params: Annotated[
         float | None, typer.Option("--target-params", help="Fraction of the parameters to keep.")
     ] = None
-    scope: Annotated[str | None, typer.Option("--scope", help="per-group (default) or global.")] = None
+    scope: Annotated[
+        str | None, typer.Option("--scope", help="per-group (default), global, isomorphic or knapsack.")
+    ] = None
     round_to: Annotated[
         int | None,
         typer.Option("--round-to", help="Widths are multiples of this (8)."),

@@ -39,7 +39,7 @@ from sepress.errors import InputError
 from sepress.models import check_kwargs, parse_reference
 from sepress.safe_yaml import Document, Fault, KeyPath, Marks, dump_yaml, read_text, read_yaml
 from sepress.schedule import TrainConfig
-from sepress.types import JSON, Policy
+from sepress.types import JSON, Policy, Scope
 
 MAX_EXTENDS = 10  # files in one chain
 HELP = "Every key is explained in recipes/README.md."
@@ -215,7 +215,7 @@ class PruneStage(_Settings):
     ratio: Share | None = None  # of the prunable channels, removed
     target_macs: Share | None = None  # of the base's, kept
     target_params: Share | None = None  # of the base's, kept
-    scope: Literal["per-group", "global"] = Policy.scope
+    scope: Scope = Policy.scope
     round_to: Count = Policy.round_to
     min_width: Count = Policy.min_width
     gated_only: bool = Policy.gated_only

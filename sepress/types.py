@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 JSON = Any  # what json.dumps takes without a default
 Role = Literal["gated", "ungated", "se_hidden", "frozen"]
+Scope = Literal["per-group", "global", "isomorphic", "knapsack"]  # which channels compete, and by what
 Removed = Mapping[str, "tuple[int, ...]"]  # group name -> sorted units that go
 
 
@@ -177,7 +178,7 @@ class Policy:
     ratio: float | None = None  # the fraction of prunable channels removed
     target_macs: float | None = None  # of the base
     target_params: float | None = None  # of the base
-    scope: Literal["per-group", "global"] = "per-group"
+    scope: Scope = "per-group"
     round_to: int = 8  # ORT's blocked layout; tensor cores
     min_width: int = 8
     gated_only: bool = False

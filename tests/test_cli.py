@@ -270,7 +270,10 @@ def test_defaults_in_the_help_are_the_recipes() -> None:
             "--round-to: should be greater than or equal to 1, not 0",
         ),
         ("prune model.pt --ratio 0.3 --criterion magic", "--criterion: should be 'contribution'"),
-        ("prune model.pt --ratio 0.3 --scope all", "--scope: should be 'per-group' or 'global', not 'all'"),
+        (
+            "prune model.pt --ratio 0.3 --scope all",
+            "--scope: should be 'per-group', 'global', 'isomorphic' or 'knapsack', not 'all'",
+        ),
         ("prune model.pt --ratio 0.3 --override a", "--override a: expected PATTERN=RATIO"),
         ("prune model.pt --ratio 0.3 --override a=b", "--override"),
         ("prune model.pt --ratio 0.3 --require 'top1>2'", "--require: "),

@@ -39,6 +39,11 @@ class Chain:
     groups: tuple[CouplingGroup, ...]
     positions: tuple[int, ...]
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        inputs = (3, *(g.width for g in self.groups))
+        return {f"{g.name}.weight": (g.width, n, 1, 1) for g, n in zip(self.groups, inputs, strict=False)}
+
     def prunable(self) -> tuple[CouplingGroup, ...]:
         return tuple(g for g in self.groups if g.role != "frozen" and g.units > 1)
 

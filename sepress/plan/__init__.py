@@ -7,7 +7,13 @@ prefix of it, so that a larger ratio removes whatever a smaller one does:
 - per-group scope: a step comes at the ratio at which rounding to the nearest width takes it; steps
   that come together are taken in ranking order (cheapest first);
 - global scope: a step comes by its cost, the mean score of the units that go over the mean
-  score of their group (scores of different layers are not comparable raw).
+  score of their group (scores of different layers are not comparable raw);
+- isomorphic scope (Fang et al., Isomorphic Pruning, ECCV 2024, arXiv 2407.04616): groups of the same
+  structure compete as under the global scope, and every class of them loses the same share;
+- knapsack scope (Aflalo et al., Knapsack Pruning, arXiv 2002.08258): a step comes by the loss predicted for
+  each MAC (parameter, channel) that it saves, for rankings whose costs can be compared over groups.
+
+Scopes over groups take at most 85 % of any one.
 
 A ratio takes the prefix that rounds every group to its nearest width, moved along the schedule
 until the total is within one step of the largest group; where a step of wide units jumps over that, smaller

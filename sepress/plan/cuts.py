@@ -65,9 +65,9 @@ def cut_to_ratio(
     if gone[-1] < target - tolerance:
         most = math.floor(1000 * gone[-1] / total) / 1000
         guard = (
-            f", and at most {LIMIT_TEXT} of a group under the global scope"
-            if policy.scope == "global"
-            else ""
+            ""
+            if policy.scope == "per-group"
+            else f", and at most {LIMIT_TEXT} of a group under the {policy.scope} scope"
         )
         raise InputError(
             f"ratio {policy.ratio} can't be reached: at most {most} of the {total} prunable channels can go "

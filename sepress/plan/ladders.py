@@ -21,7 +21,7 @@ class Ladder:
     rungs: tuple[int, ...]  # units kept: all, then multiples of step, falling
     order: tuple[int, ...]  # units, lowest score first
     costs: tuple[float, ...]  # one a step: mean score of the units that go / the group's mean; rising
-    guarded: bool  # the global scope's limit, not min_width, sets the last rung
+    guarded: bool  # the scope's limit, not min_width, sets the last rung
 
     @property
     def name(self) -> str:

@@ -44,7 +44,8 @@ def ladder_notes(ladders: Sequence[Ladder], removed: Removed, policy: Policy) ->
         notes.append(f"At their smallest width (min_width {policy.min_width}): {listed(clamped)}.")
     if guarded:
         notes.append(
-            f"Held back, as the global scope removes at most {LIMIT_TEXT} of a group: {listed(guarded)}."
+            f"Held back, as the {policy.scope} scope removes at most {LIMIT_TEXT} of a group: "
+            f"{listed(guarded)}."
         )
     return notes
 

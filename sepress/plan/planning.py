@@ -21,18 +21,18 @@ def plan_pruning(ranking: Ranking, coupling: Countable, *, policy: Policy) -> Pr
     The ratio is the fraction of prunable channels removed: of all groups that neither the engine nor
     the policy freezes and that have no ratio of their own in `policy.overrides`. Raises InputError for
     a policy that can't be met (saying what is reachable), a pattern that matches nothing, a ranking of
-    another net, and a plan that would remove nothing.
+    another net, a ranking without costs under the knapsack scope, and a plan that would remove nothing.
     """
     check_policy(policy)
     _check_ranking(ranking, coupling)
     groups, notes = candidates(coupling, policy)
     ratios = own_ratios(groups, coupling, policy)
     own = [build_ladder(group, ranking, policy, Fraction(1)) for group in groups if group.name in ratios]
-    limit = GLOBAL_LIMIT if policy.scope == "global" else Fraction(1)
+    limit = Fraction(1) if policy.scope == "per-group" else GLOBAL_LIMIT
     free = [build_ladder(group, ranking, policy, limit) for group in groups if group.name not in ratios]
 
     fixed = removal(own, [ladder.steps_at(ratios[ladder.name]) for ladder in own])
-    schedule = build_schedule(free, policy.scope)
+    schedule = build_schedule(free, ranking, coupling, policy)
     if policy.ratio is not None:
         removed = {**fixed, **cut_to_ratio(free, schedule, policy)}
     elif policy.target_macs is not None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from fractions import Fraction
-from typing import Protocol
+from typing import Protocol, get_args
 
 from sepress.errors import InputError
 from sepress.plan.words import counted, listed, nearest
-from sepress.types import CouplingGroup, Policy, Removed
+from sepress.types import CouplingGroup, Policy, Removed, Scope
 
-SCOPES = ("per-group", "global")
-GLOBAL_LIMIT = Fraction(85, 100)  # of a group; a global ranking left alone guts single layers
+SCOPES: tuple[str, ...] = get_args(Scope)
+GLOBAL_LIMIT = Fraction(85, 100)  # of a group; a scope over groups left alone guts single layers
 LIMIT_TEXT = f"{float(GLOBAL_LIMIT):.0%}"
 
 
@@ -22,6 +22,9 @@ class Countable(Protocol):
 
     @property
     def groups(self) -> tuple[CouplingGroup, ...]: ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...  # of parameters and buffers
 
     def prunable(self) -> tuple[CouplingGroup, ...]: ...
 
