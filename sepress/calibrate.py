@@ -20,22 +20,35 @@ from torch.utils._pytree import tree_leaves, tree_map
 from sepress import console
 from sepress.coupling import Coupling
 from sepress.errors import InputError
-from sepress.gates import Taps, mean_per_channel, rows_per_image, spread
+from sepress.gates import ReaderCall, Taps, mean_per_channel, rows_per_image, spread
 from sepress.modes import kept_modes
+from sepress.moments import Moments, from_sums, moment_sums
 from sepress.types import Gate, Reader
 
-EVIDENCE = ("excitation", "contribution", "fisher", "taylor")
-NEEDS_LABELS = frozenset({"fisher", "taylor"})
+EVIDENCE = (
+    "excitation",
+    "class-excitation",
+    "contribution",
+    "fisher",
+    "gate-taylor",
+    "taylor",
+    "hessian",
+    "moments",
+)
+NEEDS_LABELS = frozenset({"class-excitation", "fisher", "gate-taylor", "taylor", "hessian"})
+_GRADIENTS = NEEDS_LABELS - {"class-excitation", "hessian"}  # of a batch at once
 SATURATED = 0.05  # a gate within this of 0 or 1 counts as saturated
 
 # What the sums are called, and their shapes. C: channels of the gate; K: classes; P: positions that a reader
 # reads; U: units of the group.
 #   gate/NAME/sum, /square, /saturated      (C,)    of the excitation s, its square, and |s - 1/2| > 0.45
-#   gate/NAME/class_sum                     (K, C)  of s, by label
+#   gate/NAME/class_sum                     (K, C)  of s, by label; with class-excitation
 #   class_count                             (K,)    images, by label
 #   reader/KEY/sum, /square                 (P,)    of the spatial means of x and of x^2
-#   group/NAME/fisher                       (U,)    of (dL/du)^2, u a factor on every reading of the unit
-#   parameter/NAME/gradient                 (...)   of dL/dw
+#   group/NAME/fisher, /gate-taylor         (U,)    of (dL/du)^2 and |dL/du|, u a factor on every reading of
+#                                                   the unit
+#   parameter/NAME/gradient, /square        (...)   of dL/dw and (dL/dw)^2
+#   moments/KEY/rows, /sum, /square                 of what a layer multiplies its weight with; see `moments`
 
 
 @dataclass(frozen=True)
@@ -77,14 +90,10 @@ class ExcitationStats:
         """The fraction of images on which the gate is within 0.05 of 0 or 1, or beyond, (C,)."""
         return self._mean(f"gate/{gate.name}/saturated", gate.channels)
 
-    def class_mean_excitation(self, gate: Gate) -> Tensor | None:
-        """The mean of the gate over the images of each class, (K, C); NaN for a class without images.
-
-        None where no labels were met, or the number of classes was not given.
-        """
-        if "class_count" not in self.sums:
-            return None
-        return self.sums[f"gate/{gate.name}/class_sum"] / self.sums["class_count"][:, None]
+    def class_mean_excitation(self, gate: Gate) -> Tensor:
+        """The mean of the gate over the images of each class, (K, C); NaN for a class without images."""
+        total = self._sum(f"gate/{gate.name}/class_sum", gate.channels, axis=1)
+        return total / self.sums["class_count"][:, None]
 
     def mean_square(self, reader: Reader) -> Tensor:
         """The mean square of what is read at each position of the reader's axis, (P,)."""
@@ -99,23 +108,41 @@ class ExcitationStats:
         """The mean square of dL/du of each unit, (U,); see `criteria` for u."""
         return self._mean(f"group/{group}/fisher", units)
 
+    def moments(self, reader: Reader) -> Moments | None:
+        """The mean and covariance of the rows that a layer reads; None where they were not collected."""
+        return from_sums(self.sums, reader_key(reader))
+
+    def gate_taylor(self, group: str, units: int) -> Tensor:
+        """The mean of |dL/du| of each unit, (U,); see `criteria` for u."""
+        return self._mean(f"group/{group}/gate-taylor", units)
+
     def gradients(self) -> dict[str, Tensor]:
         """The gradient of the mean loss at the parameters that belong to a group, by name."""
-        prefix, suffix = "parameter/", "/gradient"
+        return self._by_parameter("gradient")
+
+    def squared_gradients(self) -> dict[str, Tensor]:
+        """The mean of each image's squared gradient at the parameters that belong to a group, by name."""
+        return self._by_parameter("square")
+
+    def _by_parameter(self, what: str) -> dict[str, Tensor]:
+        prefix, suffix = "parameter/", f"/{what}"
         return {
             name.removeprefix(prefix).removesuffix(suffix): value / self.images
             for name, value in self.sums.items()
-            if name.startswith(prefix)
+            if name.startswith(prefix) and name.endswith(suffix)
         }
 
     def _mean(self, name: str, size: int) -> Tensor:
+        return self._sum(name, size) / self.images
+
+    def _sum(self, name: str, size: int, axis: int = 0) -> Tensor:
         value = self.sums.get(name)
-        if value is None or len(value) != size:
+        if value is None or value.shape[axis] != size:
             raise InputError(
                 f"the statistics hold no '{name}' of {size} channels: they are of another net",
                 remedy="Calibrate this net again.",
             )
-        return value / self.images
+        return value
 
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return the tensors and the metadata that `safetensors.torch.save_file` takes."""
@@ -177,7 +204,6 @@ def calibrate(
     *,
     evidence: frozenset[str],
     device: torch.device | str,
-    num_classes: int | None = None,
     data_id: str = "",
     rank: int = 0,
     world_size: int = 1,
@@ -185,15 +211,16 @@ def calibrate(
     """Run the images through `net` (on `device`, in eval mode) and return the sums that `evidence` names.
 
     A batch is inputs, or (inputs, targets) with targets (N,) of integers, -1 for none. 'excitation' gives the
-    gates' moments, by class too where `num_classes` is given and targets are met; 'contribution' the variance
-    that every layer reads; 'fisher' and 'taylor' need targets and one backward a batch. With a `world_size`,
+    gates' moments, 'class-excitation' their means by label as well, the classes being the net's logits;
+    'contribution' the variance that every layer reads; 'fisher', 'gate-taylor' and 'taylor' take one backward
+    a batch, 'hessian' a forward and a backward an image, and these five need targets. With a `world_size`,
     every process takes each world_size-th batch from `rank` on, and the results add up. The net's mode,
     requires_grad and .grad are left as they were. Raises InputError for no images, missing targets and
     figures that are not finite.
     """
     if unknown := evidence - set(EVIDENCE):
         raise InputError(f"unknown evidence {sorted(unknown)}", remedy=f"Known: {', '.join(EVIDENCE)}.")
-    collector = _Collector(coupling, evidence, num_classes)
+    collector = _Collector(net, coupling, evidence)
     images = 0
     with _measuring(net, trained=collector.parameters):
         weights = {name: w for name, w in _parameters(net).items() if name in collector.parameters}
@@ -202,7 +229,7 @@ def calibrate(
                 continue
             inputs, targets = split_batch(batch)
             inputs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs)
-            images += collector.run(net, inputs, targets, weights)
+            images += collector.run(net, inputs, targets, weights, number=i)
     if images == 0:
         raise InputError(
             "no calibration image was given",
@@ -237,16 +264,21 @@ def _is_targets(x: Any) -> bool:
 class _Collector:
     """Runs batches and holds the sums; what a batch leaves on the device moves after its forward."""
 
-    def __init__(self, coupling: Coupling, evidence: frozenset[str], num_classes: int | None) -> None:
+    def __init__(self, net: nn.Module, coupling: Coupling, evidence: frozenset[str]) -> None:
+        self._weights = _parameters(net)
         self.sums: dict[str, Tensor] = {}
-        self._coupling, self._evidence, self._num_classes = coupling, evidence, num_classes
+        self._coupling, self._evidence = coupling, evidence
         self._judged = judged_positions(coupling)
         prunable = coupling.prunable()
+        open_groups = [i for i, group in enumerate(coupling.groups) if group in prunable]
+        self._refitted = {
+            reader_key(r) for r in coupling.readers if np.isin(r.group, open_groups).any()
+        }  # the layers that may lose an input, those of SE blocks included
         self.parameters = (
             frozenset(
                 m.parameter for group in prunable for m in group.members if m.parameter in coupling.parameters
             )
-            if "taylor" in evidence
+            if evidence & {"taylor", "hessian"}
             else frozenset()
         )
         # All units of all groups stand in one row, and behind them one column that nothing removes.
@@ -255,38 +287,50 @@ class _Collector:
         self._pending: list[tuple[str, Tensor]] = []
         self._probe: Tensor | None = None
         self._classes: Tensor | None = None
-        self._images = 0
+        self._images = self._batch = 0
 
-    def run(self, net: nn.Module, inputs: Any, targets: Tensor | None, weights: Mapping[str, Tensor]) -> int:
-        """Add one batch to the sums; return its number of images."""
+    def run(
+        self,
+        net: nn.Module,
+        inputs: Any,
+        targets: Tensor | None,
+        weights: Mapping[str, Tensor],
+        *,
+        number: int,
+    ) -> int:
+        """Add one batch, `number` in the order of all of them, to the sums; return its number of images."""
+        self._batch = number  # which places of it count for the moments
         first = tree_leaves(inputs)[0]
         self._images = first.shape[0]
-        self._classes = self._one_hot(targets)
-        labelled = bool(self._evidence & NEEDS_LABELS)
-        if "fisher" in self._evidence:
+        probed = bool(self._evidence & {"fisher", "gate-taylor"})
+        if probed:
             self._probe = first.new_ones((self._images, int(self._offsets[-1]) + 1), dtype=torch.float32)
             self._probe.requires_grad_()
-        reads = bool(self._evidence & {"contribution", "fisher"})
+        gates = bool(self._evidence & {"excitation", "class-excitation"})
+        reads = probed or "contribution" in self._evidence
         taps = Taps(
             net,
             self._coupling,
-            on_gate=self._on_gate if "excitation" in self._evidence else None,
+            on_gate=self._on_gate if gates else None,
             on_read=self._on_read if reads else None,
+            on_call=self._on_call if "moments" in self._evidence else None,
         )
-        with torch.set_grad_enabled(labelled):
+        self._classes = None
+        backward = bool(self._evidence & _GRADIENTS)
+        with torch.set_grad_enabled(backward):
             with taps:
-                output = net(*inputs) if isinstance(inputs, tuple) else net(inputs)
-            if labelled:
-                self._backward(output, targets, weights)
+                output = _call(net, inputs)
+            if self._evidence & NEEDS_LABELS:
+                logits, targets = _labelled(output, targets)
+                if "class-excitation" in self._evidence:
+                    self._classes = F.one_hot(targets.cpu(), logits.shape[1]).double()  # (N, K)
+                if backward:
+                    self._backward(logits, targets, weights)
+                if "hessian" in self._evidence:
+                    self._image_by_image(net, inputs, targets, weights)
         self._probe = None
         self._flush()
         return self._images
-
-    def _one_hot(self, targets: Tensor | None) -> Tensor | None:
-        """The labels as (N, K) of 0 and 1, a row of zeros for no label; None if classes don't count."""
-        if targets is None or self._num_classes is None:
-            return None
-        return (targets.cpu()[:, None] == torch.arange(self._num_classes)).double()
 
     def _on_gate(self, gate: Gate, s: Tensor) -> None:
         excitation = mean_per_channel(s.detach().float(), gate.site.axis, self._images)  # (N, C)
@@ -308,6 +352,14 @@ class _Collector:
         factor = self._probe[:, self._column(reader)].to(x.dtype)  # (N, P)
         return x * spread(factor.repeat_interleave(rows_per_image(x, axis, self._images), 0), x, axis)
 
+    def _on_call(self, reader: Reader, call: ReaderCall) -> None:
+        if reader_key(reader) not in self._refitted:
+            return
+        weight = self._weights[reader.parameter]
+        sums = moment_sums(reader, call, weight, images=self._images, seed=self._batch)
+        for name, value in sums.items():
+            self._add(f"moments/{reader_key(reader)}/{name}", value)
+
     def _column(self, reader: Reader) -> Tensor:
         """The probe's column for each position that the reader reads, (P,)."""
         key = reader_key(reader)
@@ -318,30 +370,40 @@ class _Collector:
             self._columns[key] = torch.as_tensor(column, dtype=torch.int64, device=self._probe.device)
         return self._columns[key]
 
-    def _backward(self, output: Any, targets: Tensor | None, weights: Mapping[str, Tensor]) -> None:
+    def _backward(self, logits: Tensor, targets: Tensor, weights: Mapping[str, Tensor]) -> None:
         """Add the gradients of the summed cross entropy; in eval mode no image bears on another's."""
-        logits = next((x for x in tree_leaves(output) if isinstance(x, Tensor)), None)
-        if targets is None or (targets < 0).any():
-            raise InputError(
-                "this criterion needs a label for every calibration image",
-                remedy="Pass (inputs, targets) batches, or use the criterion contribution, which needs none.",
-            )
-        if logits is None or logits.dim() != 2 or int(targets.max()) >= logits.shape[1]:
-            raise InputError(
-                "the labels do not fit the net's output: expected logits (N, K) and labels under K",
-                remedy="Use the criterion contribution, which needs no labels.",
-            )
-        loss = F.cross_entropy(logits.float(), targets.to(logits.device), reduction="sum")
+        loss = F.cross_entropy(logits.float(), targets, reduction="sum")
         probe = [] if self._probe is None else [self._probe]
+        weights = weights if "taylor" in self._evidence else {}
         at = [*probe, *weights.values()]
         gradients = torch.autograd.grad(loss, at, allow_unused=True, materialize_grads=True)
         if probe:
             # (N, units of all groups): autograd has summed tied positions and readers, per image.
-            fisher = gradients[0].cpu().double().square().sum(0)
-            for group, start in zip(self._coupling.groups, self._offsets[:-1], strict=True):
-                self._add(f"group/{group.name}/fisher", fisher[start : start + group.units])
+            g = gradients[0].cpu().double()
+            for kind, total in (("fisher", g.square().sum(0)), ("gate-taylor", g.abs().sum(0))):
+                if kind in self._evidence:
+                    for group, start in zip(self._coupling.groups, self._offsets[:-1], strict=True):
+                        self._add(f"group/{group.name}/{kind}", total[start : start + group.units])
         for name, gradient in zip(weights, gradients[len(probe) :], strict=True):
             self._add(f"parameter/{name}/gradient", gradient)
+
+    def _image_by_image(
+        self, net: nn.Module, inputs: Any, targets: Tensor, weights: Mapping[str, Tensor]
+    ) -> None:
+        """Add the squares of every image's own gradient: a forward and a backward each."""
+        squares = [torch.zeros_like(w) for w in weights.values()]
+        for i in range(self._images):
+            image = tree_map(lambda x, i=i: x[i : i + 1] if isinstance(x, Tensor) else x, inputs)
+            with torch.enable_grad():
+                logits, target = _labelled(_call(net, image), targets[i : i + 1])
+                loss = F.cross_entropy(logits.float(), target)
+            gradients = torch.autograd.grad(
+                loss, list(weights.values()), allow_unused=True, materialize_grads=True
+            )
+            for total, gradient in zip(squares, gradients, strict=True):
+                total += gradient.square()
+        for name, total in zip(weights, squares, strict=True):
+            self._add(f"parameter/{name}/square", total)
 
     def _flush(self) -> None:
         """Move what the forward left behind to the CPU and into the sums, in float64 (mps has none)."""
@@ -353,7 +415,7 @@ class _Collector:
                 self._add(f"{name}/sum", self._images * mean)
                 self._add(f"{name}/square", self._images * (scatter + mean.square()))
         self._pending.clear()
-        if "excitation" in self._evidence and self._classes is not None:
+        if self._classes is not None:
             self._add("class_count", self._classes.sum(0))
 
     def _add_excitation(self, name: str, s: Tensor) -> None:
@@ -370,6 +432,26 @@ class _Collector:
 
 def _parameters(net: nn.Module) -> dict[str, nn.Parameter]:
     return dict(net.named_parameters(remove_duplicate=False))
+
+
+def _call(net: nn.Module, inputs: Any) -> Any:
+    return net(*inputs) if isinstance(inputs, tuple) else net(inputs)
+
+
+def _labelled(output: Any, targets: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The logits (N, K) of a forward and the labels (N,) beside them, or an InputError."""
+    logits = next((x for x in tree_leaves(output) if isinstance(x, Tensor)), None)
+    if targets is None or (targets < 0).any():
+        raise InputError(
+            "this criterion needs a label for every calibration image",
+            remedy="Pass (inputs, targets) batches, or use the criterion contribution, which needs none.",
+        )
+    if logits is None or logits.dim() != 2 or int(targets.max()) >= logits.shape[1]:
+        raise InputError(
+            "the labels do not fit the net's output: expected logits (N, K) and labels under K",
+            remedy="Use the criterion contribution, which needs no labels.",
+        )
+    return logits, targets.to(logits.device).long()
 
 
 @contextmanager

@@ -158,7 +158,8 @@ class CriterionOptions(OptionGroup):
         str | None,
         typer.Option(
             "--criterion",
-            help="contribution (default), mean-excitation, fisher, l2, group-taylor or random.",
+            help="contribution (default), fisher, gate-taylor, mean-excitation, class-excitation, "
+            "excitation-spread, l1, l2, lamp, bn-scale, fpgm, group-taylor, hessian or random.",
         ),
     ] = None
 

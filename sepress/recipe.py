@@ -54,7 +54,12 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
-CriterionName = Literal["contribution", "fisher", "mean-excitation", "l2", "group-taylor", "random"]
+# fmt: off
+CriterionName = Literal[
+    "contribution", "fisher", "gate-taylor", "mean-excitation", "class-excitation", "excitation-spread",
+    "l1", "l2", "lamp", "bn-scale", "fpgm", "group-taylor", "hessian", "random",
+]
+# fmt: on
 CRITERIA: tuple[str, ...] = get_args(CriterionName)
 
 

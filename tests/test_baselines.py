@@ -1,11 +1,26 @@
 """Baselines: torch-pruning's criteria judge exactly our units, and its graph couples what ours does."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
+import torch_pruning as tp
 from torch import Tensor, nn
 
-from sepress.baselines import coupled_channels, group_l2, group_taylor, torch_pruning_groups
+from sepress.baselines import (
+    BaselineScores,
+    Slot,
+    coupled_channels,
+    group_bn_scale,
+    group_fpgm,
+    group_hessian,
+    group_l1,
+    group_l2,
+    group_lamp,
+    group_taylor,
+    torch_pruning_groups,
+)
 from sepress.coupling import trace
 from sepress.types import CouplingGroup, Member
 
@@ -82,6 +97,89 @@ def test_torch_pruning_couples_the_channels_that_we_couple(kind: type[nn.Module]
     assert len(ours) >= 2 * 8 + 2 * 4
     assert theirs - set(ours) == {frozenset({("head", "out", i)}) for i in range(5)}  # the classes stay
     assert set(ours) <= theirs
+
+
+def units_of(net: nn.Module, group: tp.dependency.Group) -> dict[int, frozenset[Slot]]:
+    """A group of torch-pruning's own graph in the terms of `coupled_channels`, by its root's channel."""
+    names = {module: name for name, module in net.named_modules()}
+    slots: dict[int, set[Slot]] = {}
+    for item in group:
+        module, handler = item.dep.target.module, item.dep.handler.__name__
+        if module in names and next(module.parameters(recurse=False), None) is not None:
+            depthwise = getattr(module, "groups", 1) > 1
+            into = isinstance(module, nn.Conv2d | nn.Linear) and handler == "prune_in_channels"
+            for index, root in zip(item.idxs, item.root_idxs, strict=True):
+                slots.setdefault(root, set()).add(
+                    (names[module], "in" if into and not depthwise else "out", index)
+                )
+    return {root: frozenset(unit) for root, unit in slots.items()}
+
+
+@pytest.mark.parametrize("kind", [ResidualNet, InvertedNet])
+@pytest.mark.parametrize(
+    ("judge", "importance"),
+    [
+        (group_l1, tp.importance.GroupMagnitudeImportance(p=1)),
+        (group_l2, tp.importance.GroupMagnitudeImportance(p=2)),
+        (group_lamp, tp.importance.LAMPImportance()),
+        (group_bn_scale, tp.importance.BNScaleImportance()),
+        (group_fpgm, tp.importance.FPGMImportance()),
+        (group_taylor, tp.importance.GroupTaylorImportance()),
+        (group_hessian, tp.importance.GroupHessianImportance()),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_scores_are_those_of_torch_pruning_on_its_own_graph(
+    kind: type[nn.Module], judge: Callable[..., BaselineScores], importance: Callable[..., Tensor]
+) -> None:
+    net, x = kind().eval(), torch.randn(1, 3, 8, 8)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight)
+    ours = {}
+    gradients = {name: torch.rand_like(p) for name, p in net.named_parameters()}
+    lent = {group_taylor: {"gradients": gradients}, group_hessian: {"squares": gradients}}.get(judge, {})
+    for group in trace(net, x).prunable():
+        result = judge(net, group, **lent)
+        if result.scores is not None:
+            ours.update(zip(coupled_channels(net, group), result.scores.tolist(), strict=True))
+    graph = tp.DependencyGraph().build_dependency(net, example_inputs=x)
+    for name, p in net.named_parameters():
+        p.grad = gradients[name]
+    met = set()
+    for group in graph.get_all_groups():
+        units = units_of(net, group)
+        if all(unit in ours for unit in units.values()):
+            theirs = importance(group)
+            theirs = (theirs / theirs.mean()).tolist()
+            assert [ours[units[root]] for root in range(len(theirs))] == pytest.approx(theirs, rel=1e-4)
+            met.update(units.values())
+    assert met == ours.keys()
+    assert len(met) >= 2 * 8
+
+
+def test_torch_prunings_own_accumulation_keeps_the_last_image_alone() -> None:
+    """Why squared gradients are lent instead; once this fails, its own way is as good."""
+    net, hessian = nn.Linear(2, 2), tp.importance.GroupHessianImportance()
+    for gradient in (3.0, 2.0):
+        net.weight.grad = torch.full((2, 2), gradient)
+        hessian.accumulate_grad(net)
+    assert hessian._accu_grad[net.weight].unique().tolist() == [4.0]
+    assert hessian._counter[net.weight] == 1
+
+
+def test_lamp_of_weights_that_are_all_zero_is_zero() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    for p in net.parameters():
+        nn.init.zeros_(p)
+    result = group_lamp(net, group_of((member("0.weight", 0, 4), member("1.weight", 1, 4)), 4, "0"))
+    assert result.scores.tolist() == [0, 0, 0, 0]
+
+
+def test_bn_scale_passes_over_a_norm_without_a_scale() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, affine=False), nn.Conv2d(4, 2, 1))
+    members = (member("0.weight", 0, 4), member("1.running_mean", 0, 4), member("2.weight", 1, 4))
+    assert group_bn_scale(net, group_of(members, 4, "0")).scores is None
 
 
 def test_group_l2_is_the_mean_over_layers_of_squared_weights() -> None:

@@ -10,12 +10,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sepress.calibrate import ExcitationStats, calibrate, split_batch
+from sepress.calibrate import NEEDS_LABELS, ExcitationStats, calibrate, split_batch
 from sepress.coupling import Coupling, trace
 from sepress.errors import InputError
 from sepress.gates import Taps
 
-ALL = frozenset({"excitation", "contribution", "fisher", "taylor"})
+ALL = frozenset(
+    {"excitation", "class-excitation", "contribution", "fisher", "gate-taylor", "taylor", "hessian"}
+)
 
 
 class Net(nn.Module):
@@ -67,7 +69,7 @@ def coupling(net: Net, images: Tensor) -> Coupling:
 
 
 def measure(net: Net, coupling: Coupling, batches: object, **options: object) -> ExcitationStats:
-    options = {"evidence": ALL, "num_classes": 5, "device": "cpu"} | options
+    options = {"evidence": ALL, "device": "cpu"} | options
     return calibrate(net, coupling, batches, **options)
 
 
@@ -160,6 +162,46 @@ def test_parameter_gradients_are_those_of_the_mean_loss(
         )
 
 
+def test_gate_taylor_is_the_mean_over_images_of_the_absolute_gradient(
+    net: Net, coupling: Coupling, images: Tensor, targets: Tensor
+) -> None:
+    one_by_one = [(images[i : i + 1], targets[i : i + 1]) for i in range(12)]
+    # Of a single image, Fisher is the square of the one gradient there is.
+    singles = [measure(net, coupling, [one], evidence=frozenset({"fisher"})) for one in one_by_one]
+    by_hand = torch.stack([single.fisher("stem", 6).sqrt() for single in singles]).mean(0)
+    stats = measure(net, coupling, [(images, targets)], evidence=frozenset({"gate-taylor"}))
+    torch.testing.assert_close(stats.gate_taylor("stem", 6), by_hand, rtol=1e-4, atol=1e-9)
+    assert not any(name.endswith("/fisher") for name in stats.sums)
+
+
+def test_squared_gradients_are_those_of_each_image_alone(
+    net: Net, coupling: Coupling, images: Tensor, targets: Tensor
+) -> None:
+    stats = measure(net, coupling, [(images, targets)], evidence=frozenset({"hessian"}))
+    by_hand = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
+    for i in range(12):
+        net.zero_grad()
+        F.cross_entropy(net(images[i : i + 1]), targets[i : i + 1]).backward()
+        for name, p in net.named_parameters():
+            by_hand[name] += p.grad.square() / 12
+    squares = stats.squared_gradients()
+    assert {"widen.weight", "project.weight", "norm.bias", "squeeze.weight"} <= squares.keys()
+    for name, square in squares.items():
+        torch.testing.assert_close(
+            square.float(), by_hand[name], rtol=1e-4, atol=1e-9, msg=lambda m, n=name: n + m
+        )
+    assert not stats.gradients()
+
+
+def test_a_class_without_images_has_no_mean(
+    net: Net, coupling: Coupling, images: Tensor, targets: Tensor
+) -> None:
+    few = targets < 4
+    stats = measure(net, coupling, [(images[few], targets[few])], evidence=frozenset({"class-excitation"}))
+    by_class = stats.class_mean_excitation(coupling.gates[0])  # the classes are the logits
+    assert by_class.isnan().all(1).tolist() == [False] * 4 + [True]
+
+
 def test_statistics_of_two_halves_add_up_to_those_of_the_whole(
     net: Net, coupling: Coupling, images: Tensor, targets: Tensor
 ) -> None:
@@ -232,19 +274,10 @@ def test_files_bring_the_statistics_back(
     assert all(torch.equal(again.sums[name], value) for name, value in stats.sums.items())
 
 
-def test_images_without_a_label_count_for_the_gates_but_for_no_class(
-    net: Net, coupling: Coupling, images: Tensor
-) -> None:
-    targets = torch.tensor([0, -1] * 6)
-    stats = measure(net, coupling, [(images, targets)], evidence=frozenset({"excitation"}))
-    assert stats.images == 12
-    assert stats.sums["class_count"].tolist() == [6, 0, 0, 0, 0]
-
-
-@pytest.mark.parametrize("evidence", ["fisher", "taylor"])
+@pytest.mark.parametrize("evidence", sorted(NEEDS_LABELS))
 def test_what_needs_labels_says_so(net: Net, coupling: Coupling, images: Tensor, evidence: str) -> None:
     for batch in (images, (images, torch.tensor([0, -1] * 6))):
-        with pytest.raises(InputError, match="needs a label"):
+        with pytest.raises(InputError, match=r"needs a label.*\nPass \(inputs, targets\)"):
             measure(net, coupling, [batch], evidence=frozenset({evidence}))
     with pytest.raises(InputError, match="do not fit"):
         measure(net, coupling, [(images, torch.full((12,), 5))], evidence=frozenset({evidence}))

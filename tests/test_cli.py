@@ -229,6 +229,13 @@ def test_compare_takes_criteria_and_seeds(stages: Stages) -> None:
     assert stages.recipes[0].stages[0] == PruneStage(target_macs=0.5, calibration_images=64)
 
 
+@pytest.mark.parametrize("verb", ["rank", "prune"])
+def test_help_lists_every_criterion(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    words = re.split(r"[\s,.│]+", call(f"{verb} --help").stdout)
+    assert set(CRITERIA) <= set(words)
+
+
 def test_compare_takes_every_criterion_where_none_is_named(stages: Stages) -> None:
     assert call("compare model.pt --ratio 0.3").exit_code == 0
     assert stages.arguments["criteria"] == list(CRITERIA)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from sepress.calibrate import EVIDENCE, ExcitationStats, calibrate
 from sepress.coupling import Coupling, trace
-from sepress.criteria import CRITERIA, get_criterion, rank, weight_energy
+from sepress.criteria import CRITERIA, get_criterion, rank
+from sepress.criteria.contribution import weight_energy
 from sepress.errors import InputError
 from sepress.types import CallSite, Reader
 
@@ -108,6 +109,162 @@ def test_mean_excitation_judges_what_has_no_gate_by_l2_and_says_so(
     for name in ("block1.conv1", "block1.se.squeeze"):
         assert ranking.scores[name] == by_l2.scores[name]
         assert ranking.evidence[name] == "L2 of weights (no gate)"
+
+
+@torch.no_grad()
+def gates_of(net: Net, images: Tensor) -> list[Tensor]:
+    net(images)
+    return [block.se.last.flatten(1) for block in (net.block1, net.block2)]  # (N, C) each
+
+
+def test_class_excitation_is_the_mean_over_gates_of_each_ones_largest_class_mean(
+    net: Net, coupling: Coupling, batch: tuple[Tensor, Tensor]
+) -> None:
+    ranking = rank(coupling, measure(net, coupling, batch), criterion="class-excitation", net=net)
+    images, targets = batch
+    largest = [
+        torch.stack([s[targets == k].mean(0) for k in range(5)]).amax(0) for s in gates_of(net, images)
+    ]
+    np.testing.assert_allclose(ranking.scores["stem"], (sum(largest) / 2).numpy(), rtol=1e-6)
+    assert ranking.evidence["stem"] == "largest class mean of 2 gates"
+    assert ranking.evidence["block1.conv1"] == "L2 of weights (no gate)"
+
+
+def test_class_excitation_passes_over_a_class_without_images(
+    net: Net, coupling: Coupling, batch: tuple[Tensor, Tensor]
+) -> None:
+    images, targets = batch[0], torch.tensor([0, 3] * 5)
+    ranking = rank(coupling, measure(net, coupling, (images, targets)), criterion="class-excitation", net=net)
+    largest = [torch.maximum(s[::2].mean(0), s[1::2].mean(0)) for s in gates_of(net, images)]
+    np.testing.assert_allclose(ranking.scores["stem"], (sum(largest) / 2).numpy(), rtol=1e-6)
+
+
+def test_excitation_spread_is_the_mean_over_gates_of_their_deviation(
+    net: Net, coupling: Coupling, batch: tuple[Tensor, Tensor]
+) -> None:
+    ranking = rank(coupling, measure(net, coupling, batch), criterion="excitation-spread", net=net)
+    a, b = (s.std(0, correction=0) for s in gates_of(net, batch[0]))
+    np.testing.assert_allclose(ranking.scores["stem"], ((a + b) / 2).numpy(), rtol=1e-4)
+    assert ranking.evidence["stem"] == "spread of 2 gates"
+
+
+@torch.no_grad()
+def test_a_gate_that_never_varies_has_no_spread_however_open(
+    net: Net, coupling: Coupling, batch: tuple[Tensor, Tensor]
+) -> None:
+    for block in (net.block1, net.block2):
+        block.se.expand.weight[2] = 0
+        block.se.expand.bias[2] = 8
+    stats = measure(net, coupling, batch)
+    by_spread = rank(coupling, stats, criterion="excitation-spread", net=net).scores["stem"]
+    by_mean = rank(coupling, stats, criterion="mean-excitation", net=net).scores["stem"]
+    assert np.argmin(by_spread) == np.argmax(by_mean) == 2
+    assert by_spread[2] < 1e-6
+
+
+@pytest.mark.parametrize("criterion", ["fisher", "gate-taylor"])
+def test_a_unit_gate_on_inner_channels_reacts_as_the_activation_times_its_gradient(
+    net: Net, coupling: Coupling, batch: tuple[Tensor, Tensor], criterion: str
+) -> None:
+    images, targets = batch
+    ranking = rank(coupling, measure(net, coupling, batch), criterion=criterion, net=net)
+    loss = F.cross_entropy(net(images), targets, reduction="sum")
+    x = net.block1.last  # what conv2 alone reads
+    (gradient,) = torch.autograd.grad(loss, x)
+    reaction = (x.detach() * gradient).sum((2, 3))  # (N, C)
+    by_hand = reaction.square().mean(0) if criterion == "fisher" else reaction.abs().mean(0)
+    np.testing.assert_allclose(ranking.scores["block1.conv1"], by_hand.numpy(), rtol=1e-4)
+    words = {"fisher": "Fisher at 1 reader", "gate-taylor": "Taylor of a unit gate at 1 reader"}
+    assert ranking.evidence["block1.conv1"] == words[criterion]
+
+
+@pytest.mark.parametrize("criterion", ["fisher", "gate-taylor"])
+def test_costs_of_unit_gates_are_the_sums_of_the_lowest_scores(
+    net: Net, coupling: Coupling, batch: tuple[Tensor, Tensor], criterion: str
+) -> None:
+    ranking = rank(coupling, measure(net, coupling, batch), criterion=criterion, net=net)
+    assert ranking.costs.keys() == ranking.scores.keys()
+    for name, scores in ranking.scores.items():
+        by_hand = [sum(sorted(scores)[:gone]) for gone in range(len(scores) + 1)]
+        assert ranking.costs[name] == pytest.approx(by_hand, rel=1e-12)
+
+
+@pytest.mark.parametrize("criterion", sorted(CRITERIA.keys() - {"fisher", "gate-taylor"}))
+def test_scores_that_are_no_loss_have_no_costs(
+    net: Net, coupling: Coupling, batch: tuple[Tensor, Tensor], criterion: str
+) -> None:
+    assert not rank(coupling, measure(net, coupling, batch), criterion=criterion, net=net).costs
+
+
+def inner_weights(net: Net) -> tuple[Tensor, Tensor, Tensor]:
+    """What block1's inner channels are made by, scaled by and read by, each (6, ...)."""
+    block = net.block1
+    return (
+        block.conv1.weight.detach().flatten(1),
+        block.norm1.weight.detach(),
+        block.conv2.weight.detach().transpose(0, 1).flatten(1),
+    )
+
+
+@torch.no_grad()
+def test_scores_by_torch_pruning_are_those_of_the_weights(net: Net, coupling: Coupling) -> None:
+    nn.init.uniform_(net.block1.norm1.weight, -1, 1)
+    out, scale, into = inner_weights(net)
+    l2 = out.square().sum(1) + scale.square() + into.square().sum(1)
+    rising = l2.sort().values
+    lamp = {v.item(): v / rising[i:].sum() for i, v in enumerate(rising)}
+
+    def distances(w: Tensor) -> Tensor:
+        return (w.square()[:, None] - w.square()[None]).square().sum(2).sqrt().sum(1)
+
+    by_hand = {
+        "l1": out.abs().sum(1) + scale.abs() + into.abs().sum(1),
+        "l2": l2,
+        "lamp": torch.stack([lamp[v.item()] for v in l2]),
+        "bn-scale": scale.abs(),
+        "fpgm": distances(out) + distances(into),
+    }
+    for criterion, expected in by_hand.items():
+        scores = rank(coupling, None, criterion=criterion, net=net).scores["block1.conv1"]
+        np.testing.assert_allclose(scores, (expected / expected.mean()).numpy(), rtol=1e-4, err_msg=criterion)
+
+
+def test_hessian_is_weights_times_gradients_of_each_image_squared(
+    net: Net, coupling: Coupling, batch: tuple[Tensor, Tensor]
+) -> None:
+    nn.init.uniform_(net.block1.norm1.weight, -1, 1)
+    ranking = rank(coupling, measure(net, coupling, batch), criterion="hessian", net=net)
+    block, total = net.block1, torch.zeros(6)
+    for i in range(10):
+        net.zero_grad()
+        F.cross_entropy(net(batch[0][i : i + 1]), batch[1][i : i + 1]).backward()
+        total += (block.conv1.weight * block.conv1.weight.grad).detach().square().sum((1, 2, 3))
+        total += (block.norm1.weight * block.norm1.weight.grad).detach().square()
+        total += (block.conv2.weight * block.conv2.weight.grad).detach().square().sum((0, 2, 3))
+    np.testing.assert_allclose(ranking.scores["block1.conv1"], (total / total.mean()).numpy(), rtol=1e-4)
+    assert ranking.evidence["block1.conv1"] == "Hessian of weights"
+
+
+def test_a_group_without_batch_norm_is_judged_by_l2_and_says_so(net: Net, coupling: Coupling) -> None:
+    by_scale = rank(coupling, None, criterion="bn-scale", net=net)
+    by_l2 = rank(coupling, None, criterion="l2", net=net)
+    assert by_scale.evidence["block1.se.squeeze"] == "L2 of weights (no batch norm covers it)"
+    assert by_scale.scores["block1.se.squeeze"] == by_l2.scores["block1.se.squeeze"]
+    assert by_scale.evidence["block1.conv1"] == "scale of batch norm"
+
+
+def test_a_twin_is_what_fpgm_removes(net: Net, coupling: Coupling) -> None:
+    with torch.no_grad():
+        net.block1.conv1.weight[1] = net.block1.conv1.weight[4]
+        net.block1.conv2.weight[:, 1] = net.block1.conv2.weight[:, 4]
+    scores = rank(coupling, None, criterion="fpgm", net=net).scores["block1.conv1"]
+    assert scores[1] == pytest.approx(scores[4], rel=1e-5)
+    assert set(np.argsort(scores)[:2]) == {1, 4}
+
+
+def test_lamp_orders_a_group_as_l2_does(net: Net, coupling: Coupling) -> None:
+    lamp, l2 = (rank(coupling, None, criterion=name, net=net).scores for name in ("lamp", "l2"))
+    assert all(np.array_equal(np.argsort(lamp[name]), np.argsort(l2[name])) for name in l2)
 
 
 def with_gate_units(coupling: Coupling, *units: list[int]) -> Coupling:
@@ -226,8 +383,8 @@ def test_weight_energy_is_the_energy_that_a_unit_impulse_leaves(groups: int, tra
 
 
 def test_an_unknown_criterion_lists_the_known_ones() -> None:
-    with pytest.raises(InputError, match="unknown criterion 'l1'") as caught:
-        get_criterion("l1")
+    with pytest.raises(InputError, match="unknown criterion 'magic'") as caught:
+        get_criterion("magic")
     assert all(name in str(caught.value) for name in CRITERIA)
 
 
@@ -237,6 +394,8 @@ def test_statistics_that_lack_the_evidence_are_refused(
     excitation = calibrate(net, coupling, [batch], evidence=frozenset({"excitation"}), device="cpu")
     with pytest.raises(InputError, match="needs statistics that were not collected: fisher"):
         rank(coupling, excitation, criterion="fisher", net=net)
+    with pytest.raises(InputError, match=r"class-excitation\nCalibrate for this criterion"):
+        rank(coupling, excitation, criterion="class-excitation", net=net)
     with pytest.raises(InputError, match="contribution"):
         rank(coupling, None, criterion="contribution", net=net)
 

@@ -371,9 +371,17 @@ _CRITERIA = {
     "mean-excitation": "the mean of a channel's SE gate over the calibration images",
     "contribution": "how much a channel varies (behind its gate) times the weights that read it",
     "fisher": "how strongly the loss reacts to a gate on the channel (squared gradients)",
+    "gate-taylor": "how strongly the loss reacts to a gate on the channel (absolute gradients)",
+    "class-excitation": "the mean of a channel's SE gate over the images of the class that excites it most",
+    "excitation-spread": "how much a channel's SE gate varies over the calibration images",
     "random": "random numbers by the seed, which any criterion has to beat",
+    "l1": "the absolute weights of the group's layers",
     "l2": "the squared weights of the group's layers",
+    "lamp": "the squared weights of the group's layers over those of all channels that have no less",
+    "bn-scale": "the scales of the group's batch norms",
+    "fpgm": "how far a channel's weights lie from those of the group's others",
     "group-taylor": "weight times gradient over the group's layers",
+    "hessian": "squared weight times squared gradient over the group's layers",
 }
 _ROLES = {
     "gated": "scaled by an SE gate",

@@ -1,0 +1,102 @@
+"""Statistics and weights -> a score per channel: which channels a net can do without.
+
+The excitation of Squeeze-and-Excitation (Hu et al. 2018, sec. 6.4) gives `mean-excitation`; the contribution
+of the recalibrated channel to what reads it is the default. Every group is judged, and says by what.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import nn
+
+from sepress.calibrate import ExcitationStats
+from sepress.coupling import Coupling
+from sepress.criteria.contribution import contribution
+from sepress.criteria.doubts import doubts
+from sepress.criteria.excitation import class_excitation, excitation_spread, group_means, mean_excitation
+from sepress.criteria.gradients import fisher, gate_taylor
+from sepress.criteria.judging import Criterion, Facts
+from sepress.criteria.weights import bn_scale, fpgm, group_taylor, hessian, l1, l2, lamp, random
+from sepress.defaults import CRITERION
+from sepress.errors import InputError
+from sepress.types import Ranking
+
+__all__ = ["CRITERIA", "Criterion", "get_criterion", "rank"]
+
+# fmt: off
+CRITERIA: dict[str, Criterion] = {c.name: c for c in (
+    Criterion("contribution", frozenset({"contribution"}), contribution,
+              "spread of the recalibrated channel times the weights that read it"),
+    Criterion("fisher", frozenset({"fisher"}), fisher,
+              "squared gradient of a gate on the channel; needs labels"),
+    Criterion("gate-taylor", frozenset({"gate-taylor"}), gate_taylor,
+              "absolute gradient of a gate on the channel; needs labels"),
+    Criterion("mean-excitation", frozenset({"excitation"}), mean_excitation,
+              "mean of the SE gate over images"),
+    Criterion("class-excitation", frozenset({"class-excitation"}), class_excitation,
+              "mean of the SE gate over the class that excites it most; needs labels"),
+    Criterion("excitation-spread", frozenset({"excitation"}), excitation_spread,
+              "standard deviation of the SE gate over images"),
+    Criterion("l1", frozenset(), l1, "absolute weights of the group's layers (torch-pruning)"),
+    Criterion("l2", frozenset(), l2, "squared weights of the group's layers (torch-pruning)"),
+    Criterion("lamp", frozenset(), lamp, "squared weights over all that are no smaller (torch-pruning)"),
+    Criterion("bn-scale", frozenset(), bn_scale, "scale of the group's batch norms (torch-pruning)"),
+    Criterion("fpgm", frozenset(), fpgm, "distance of the weights to the other channels' (torch-pruning)"),
+    Criterion("group-taylor", frozenset({"taylor"}), group_taylor,
+              "|w dL/dw| (torch-pruning); needs labels"),
+    Criterion("hessian", frozenset({"hessian"}), hessian,
+              "w^2 E[(dL/dw)^2] (torch-pruning); needs labels, and a backward an image"),
+    Criterion("random", frozenset(), random, "random, by the seed: the floor"),
+)}
+# fmt: on
+
+
+def get_criterion(name: str) -> Criterion:
+    """Return the criterion of that name, or raise an InputError that lists the known ones."""
+    if name not in CRITERIA:
+        raise InputError(f"unknown criterion '{name}'", remedy=f"Choose one of: {', '.join(CRITERIA)}.")
+    return CRITERIA[name]
+
+
+def rank(
+    coupling: Coupling,
+    stats: ExcitationStats | None,
+    *,
+    criterion: str = CRITERION,
+    net: nn.Module,
+    seed: int = 0,
+) -> Ranking:
+    """Score every prunable group; the weights are read from `net`, and nothing is run.
+
+    With excitation among the statistics, the mean excitation of every gated group comes along, whatever
+    judged it. Raises InputError where statistics lack what the criterion needs, or a score is not finite.
+    """
+    chosen = get_criterion(criterion)
+    missing = chosen.needs - (stats.evidence if stats else frozenset())
+    if missing:
+        raise InputError(
+            f"criterion '{criterion}' needs statistics that were not collected: {', '.join(sorted(missing))}",
+            remedy="Calibrate for this criterion.",
+        )
+    facts = Facts(coupling, net, seed, stats)
+    judged = chosen.score(facts)
+    for name, judgement in judged.items():
+        if not np.isfinite(judgement.scores).all():
+            raise InputError(
+                f"the scores of '{name}' ({judgement.evidence}) are not finite",
+                remedy="Check the model's weights for NaN and infinity.",
+            )
+    excitation: dict[str, tuple[float, ...]] = {}
+    if stats and "excitation" in stats.evidence:
+        for group in coupling.groups:
+            mean = group_means(coupling, stats, group)
+            if mean is not None:
+                excitation[group.name] = tuple(mean.tolist())
+    return Ranking(
+        criterion=criterion,
+        scores={name: tuple(j.scores.tolist()) for name, j in judged.items()},
+        evidence={name: j.evidence for name, j in judged.items()},
+        mean_excitation=excitation,
+        warnings=tuple(doubts(coupling, stats)),
+        costs={name: tuple(j.costs.tolist()) for name, j in judged.items() if j.costs is not None},
+    )
