@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import sepress
 from sepress.coupling import apply_removal, trace
 from sepress.errors import InputError
-from sepress.plan import check_plan, check_policy, format_plan, plan_from_json, plan_pruning, plan_to_json
+from sepress.plan import (
+    SCOPES,
+    check_plan,
+    check_policy,
+    format_plan,
+    plan_from_json,
+    plan_pruning,
+    plan_to_json,
+)
+from sepress.plan.structure import classes, structure
 from sepress.types import CouplingGroup, Member, Policy, PruningPlan, Ranking
 
 SEEDS = range(12)
+OVER_GROUPS = [scope for scope in SCOPES if scope != "per-group"]
 
 
 def group(name: str, width: int, *, units: int | None = None, role: str = "ungated") -> CouplingGroup:
@@ -67,13 +79,43 @@ def ranking(net: Chain, *, seed: int = 0, scores: Mapping[str, tuple[float, ...]
     drawn = {
         g.name: tuple(generator.random() * (1 + len(g.name)) for _ in range(g.units)) for g in net.groups
     }
-    return Ranking("contribution", {**drawn, **(scores or {})}, {g.name: "its readers" for g in net.groups})
+    scores = {**drawn, **(scores or {})}
+    # Each unit costs its score, so that the units that go cost their sum.
+    costs = {
+        name: tuple(itertools.accumulate(sorted(values), initial=0.0)) for name, values in scores.items()
+    }
+    return Ranking("contribution", scores, {g.name: "its readers" for g in net.groups}, costs=costs)
 
 
 def plan(
     net: Chain, *, seed: int = 0, scores: Mapping[str, tuple[float, ...]] | None = None, **policy: object
 ) -> PruningPlan:
     return plan_pruning(ranking(net, seed=seed, scores=scores), net, policy=Policy(**policy))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Bank(Chain):
+    """Groups that share no layer: each channel has a price of its own, whatever else goes."""
+
+    prices: Mapping[str, int] = field(default_factory=dict)  # MACs a channel; a parameter each
+
+    def count_params(self, removed: Mapping[str, tuple[int, ...]]) -> int:
+        return sum(self.kept(removed))
+
+    def count_macs(self, removed: Mapping[str, tuple[int, ...]]) -> int:
+        return sum(n * self.prices[g.name] for g, n in zip(self.groups, self.kept(removed), strict=True))
+
+
+def random_bank(seed: int, groups: int, width: int, prices: tuple[int, ...]) -> Bank:
+    generator = random.Random(seed)
+    names = [f"g{i}" for i in range(groups)]
+    return Bank(
+        tuple(group(name, width) for name in names), (), {name: generator.choice(prices) for name in names}
+    )
+
+
+def loss(made: Ranking, result: PruningPlan) -> float:
+    return sum(made.costs[name][len(units)] for name, units in result.removed.items())
 
 
 def random_chain(seed: int, *, wide_units: bool = False) -> Chain:
@@ -184,7 +226,7 @@ def test_the_remaining_error_falls_on_the_groups_that_rank_lowest() -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("scope", ["per-group", "global"])
+@pytest.mark.parametrize("scope", SCOPES)
 def test_the_lowest_ranked_units_of_each_group_go(seed: int, scope: str) -> None:
     net = random_chain(seed, wide_units=True)
     scores = ranking(net, seed=seed).scores
@@ -216,12 +258,13 @@ def test_global_scope_without_rounding_keeps_the_highest_scores(seed: int) -> No
     assert {(name, unit) for name, units in result.removed.items() for unit in units} == set(lowest)
 
 
-def test_global_scope_never_removes_more_than_85_percent_of_a_group_and_says_so() -> None:
+@pytest.mark.parametrize("scope", OVER_GROUPS)
+def test_scopes_over_groups_never_remove_more_than_85_percent_of_one_and_say_so(scope: str) -> None:
     net = chain(group("a", 64), group("b", 64), group("c", 64))
     scores = {"a": (1e-9,) * 63 + (1.0,), "b": (1.0,) * 64, "c": (1.0,) * 64}
-    result = plan(net, scores=scores, ratio=0.4, scope="global", min_width=1)
+    result = plan(net, scores=scores, ratio=0.4, scope=scope, min_width=1)
     assert result.widths_after["a"] == 16  # 15 % of 64 is 9.6: the next multiple of 8
-    assert any("85%" in note and "a (64)" in note for note in result.notes)
+    assert f"Held back, as the {scope} scope removes at most 85% of a group: a (64)." in result.notes
 
 
 def test_a_group_of_zero_scores_is_cheap_and_not_an_error() -> None:
@@ -230,15 +273,208 @@ def test_a_group_of_zero_scores_is_cheap_and_not_an_error() -> None:
     assert result.widths_after == {"a": 16, "b": 32}
 
 
-def test_the_same_ranking_gives_the_same_plan() -> None:
+@pytest.mark.parametrize("scope", SCOPES)
+def test_the_same_ranking_gives_the_same_plan(scope: str) -> None:
     net = random_chain(3)
-    assert plan(net, seed=3, target_macs=0.5) == plan(net, seed=3, target_macs=0.5)
+    assert plan(net, seed=3, target_macs=0.5, scope=scope) == plan(net, seed=3, target_macs=0.5, scope=scope)
+
+
+@pytest.mark.parametrize("scope", OVER_GROUPS)
+def test_of_equal_groups_the_first_in_the_net_goes_first(scope: str) -> None:
+    net = Bank((group("b", 8), group("a", 8)), (), {"b": 3, "a": 3})
+    flat = {"a": (1.0,) * 8, "b": (1.0,) * 8}
+    result = plan(net, scores=flat, ratio=0.1875, scope=scope, round_to=1, min_width=1)
+    assert result.removed == {"b": (0, 1, 2)}
+
+
+# ---- isomorphic ---------------------------------------------------------------------------------
+def test_groups_of_one_structure_compete_and_every_structure_loses_the_same_share() -> None:
+    net = chain(group("a", 4), group("b", 4), group("c", 8, role="gated"))
+    scores = {"a": (100.0, 300.0, 200.0, 200.0), "b": (1.0, 1.0, 3.0, 3.0), "c": (9.0,) * 8}
+    result = plan(net, scores=scores, ratio=0.375, scope="isomorphic", round_to=1, min_width=1)
+    # 3 of 8 from a and b together: 0.5 of the mean, and 0.5 twice; and 3 of 8 from c, equal throughout.
+    assert result.removed == {"a": (0,), "b": (0, 1), "c": (0, 1, 2)}
+
+
+@pytest.mark.parametrize("policy", [{"ratio": 0.2}, {"ratio": 0.4}, {"target_macs": 0.5}])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_one_share_rounds_to_what_every_class_loses(seed: int, policy: dict[str, float]) -> None:
+    net = random_chain(seed)
+    result = plan(net, seed=seed, scope="isomorphic", min_width=1, **policy)
+    least, most = [], []  # shares that round to what a class lost
+    for role in {g.role for g in net.prunable()}:
+        alike = [g for g in net.prunable() if g.role == role]
+        width = sum(g.width for g in alike)
+        gone = width - sum(result.widths_after[g.name] for g in alike)
+        step = 8 if any(g.width >= 32 for g in alike) else 4
+        # A size target gives back up to one step a group.
+        spare = 0 if "ratio" in policy else step * len(alike)
+        least.append((gone - step / 2) / width)
+        most.append((gone + step / 2 + spare) / width)
+    assert max(least) <= min(most)
+
+
+@pytest.mark.parametrize("target", [{"target_macs": 0.5}, {"target_params": 0.7}])
+def test_groups_that_are_like_no_other_keep_the_widths_of_the_per_group_scope(
+    target: dict[str, float],
+) -> None:
+    net = chain(group("a", 64), group("b", 128, role="gated"), group("c", 32, role="se_hidden"))
+    own = plan(net, scope="per-group", **target)
+    assert plan(net, scope="isomorphic", **target).removed == own.removed
+
+
+def test_the_structures_of_an_se_resnet_are_its_streams_its_inner_layers_and_its_gates() -> None:
+    net = sepress.build("sepress:se_resnet20").eval()
+    coupling = trace(net, torch.zeros(1, 3, 32, 32))
+    groups = coupling.prunable()
+    assert [[groups[i].name for i in alike] for alike in classes(groups, coupling.shapes)] == [
+        ["conv1", "stages.1.0.conv2"],  # streams, of 3 blocks and of 3 and a shortcut
+        [f"stages.{stage}.{block}.conv1" for stage in range(3) for block in range(3)],
+        [f"stages.{stage}.{block}.se.reduce" for stage in range(3) for block in range(3)],
+        ["stages.2.0.conv2"],  # the stream that the classifier reads
+    ]
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "same"),
+    [
+        ([(64, 3, 3, 3)], [(8, 16, 5, 5)], True),  # widths and the size of a kernel
+        ([(64, 3, 3, 3)], [(64, 3, 1, 1)], False),
+        ([(64, 3, 1, 1)], [(64, 3, 1)], True),  # images or sequences
+        ([(64, 3, 1, 1)], [(64, 3)], False),
+        ([(64, 3)], [(64,)], False),
+        ([(8, 8, 3, 3)] * 2, [(8, 8, 3, 3)] * 5, True),  # depth
+        ([(8, 8, 3, 3)], [(8, 8, 3, 3)] * 2, False),  # one layer, or a stream
+    ],
+)
+def test_a_structure_says_kinds_of_layers_and_whether_they_repeat(
+    left: list[tuple[int, ...]], right: list[tuple[int, ...]], same: bool
+) -> None:
+    def made(shapes: list[tuple[int, ...]]) -> object:
+        members = tuple(Member(str(i), 0, np.arange(4), np.arange(4)) for i in range(len(shapes)))
+        stream = replace(group("a", 4), members=members)
+        return structure(stream, {str(i): shape for i, shape in enumerate(shapes)})
+
+    assert (made(left) == made(right)) is same
+
+
+def test_reading_and_making_roles_and_gates_are_structure() -> None:
+    net = chain(group("a", 4))
+    maker = net.groups[0]
+    reader = replace(maker, members=(replace(maker.members[0], dim=1),))
+    others = [
+        reader,
+        replace(maker, role="se_hidden"),
+        replace(maker, gates=("g",)),
+        replace(maker, gates=("g", "h")),
+    ]
+    assert len({structure(g, net.shapes) for g in [maker, *others]}) == 5
+    assert structure(replace(maker, gates=("g", "h", "i")), net.shapes) == structure(others[-1], net.shapes)
+
+
+# ---- knapsack -----------------------------------------------------------------------------------
+def knapsack(net: Chain, costs: Mapping[str, tuple[float, ...]], **policy: float) -> dict[str, int]:
+    """How many units go where; a unit's score is its number."""
+    scores = {g.name: tuple(map(float, range(g.units))) for g in net.groups}
+    made = plan_pruning(
+        Ranking("reconstruction", scores, {}, costs=costs),
+        net,
+        policy=Policy(scope="knapsack", round_to=1, min_width=1, **policy),  # type: ignore[arg-type]
+    )
+    assert all(units == tuple(range(len(units))) for units in made.removed.values())
+    return {name: len(units) for name, units in made.removed.items()}
+
+
+def test_knapsack_spends_where_the_target_costs_least() -> None:
+    net = Bank((group("a", 4), group("b", 4)), (), {"a": 1, "b": 10})
+    costs = {"a": (0, 1, 2, 3, 4), "b": (0, 5, 10, 15, 20)}
+    # A MAC costs 1 in a and 0.5 in b; a channel (here, a parameter) 1 in a and 5 in b.
+    assert knapsack(net, costs, target_macs=0.5) == {"b": 3}  # 22 of 44 go: 30
+    assert knapsack(net, costs, target_params=0.5) == {"a": 3, "b": 1}  # 15 % of a stay
+    assert knapsack(net, costs, ratio=0.5) == {"a": 3, "b": 1}
+
+
+def test_knapsack_takes_a_dear_step_for_the_cheap_ones_behind_it() -> None:
+    net = Bank((group("a", 4), group("b", 4)), (), {"a": 1, "b": 1})
+    # The hull of a: 3 units for 7, then 13 for one; b: 3 each. A greedy choice would begin with b.
+    costs = {"a": (0, 5, 6, 7, 20), "b": (0, 3, 6, 9, 12)}
+    assert knapsack(net, costs, ratio=0.375) == {"a": 3}
+    assert knapsack(net, costs, ratio=0.5) == {"a": 3, "b": 1}
+
+
+def test_knapsack_counts_the_units_of_a_rounded_step() -> None:
+    net = Bank((group("a", 64), group("b", 64)), (), {"a": 1, "b": 1})
+    # One unit of a costs less than one of b, eight of them more.
+    steep, flat = tuple(k * k / 10 for k in range(65)), tuple(k * 0.7 for k in range(65))
+    made = Ranking("reconstruction", {"a": (1.0,) * 64, "b": (1.0,) * 64}, {}, costs={"a": steep, "b": flat})
+    result = plan_pruning(made, net, policy=Policy(ratio=0.0625, scope="knapsack"))
+    assert result.removed == {"b": tuple(range(8))}
+
+
+def test_what_saves_nothing_goes_last() -> None:
+    net = Bank((group("a", 4), group("b", 4)), (), {"a": 0, "b": 1})
+    costs = {"a": (0, 0.1, 0.2, 0.3, 0.4), "b": (0, 1, 2, 3, 4)}
+    assert knapsack(net, costs, target_macs=0.25) == {"b": 3}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("prices", [(1,), (1, 2, 3, 7)])
+def test_knapsack_is_within_a_step_of_the_best_of_all_plans(seed: int, prices: tuple[int, ...]) -> None:
+    net = random_bank(seed, 4, 5, prices)
+    made = ranking(net, seed=seed)
+    base = net.count_macs({})
+    for target in (0.3, 0.5, 0.75):
+        result = plan_pruning(
+            made, net, policy=Policy(target_macs=target, scope="knapsack", round_to=1, min_width=1)
+        )
+        best, steps = math.inf, [b - a for c in made.costs.values() for a, b in itertools.pairwise(c)]
+        for gone in itertools.product(range(5), repeat=4):  # 85 % of five: four
+            saved = sum(k * net.prices[g.name] for g, k in zip(net.groups, gone, strict=True))
+            if base - saved <= target * base:
+                best = min(best, sum(made.costs[g.name][k] for g, k in zip(net.groups, gone, strict=True)))
+        spare = 0 if len(prices) == 1 else max(steps)
+        assert best - 1e-9 <= loss(made, result) <= best + spare + 1e-9
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_knapsack_loses_no_more_than_uniform_widths_at_the_same_macs(seed: int) -> None:
+    net = random_bank(seed, 10, 64, (1, 3, 9))
+    made = ranking(net, seed=seed)
+    for ratio in (0.25, 0.5, 0.625):
+        uniform = plan_pruning(made, net, policy=Policy(ratio=ratio))
+        share = uniform.macs_after / uniform.macs_before
+        ours = plan_pruning(made, net, policy=Policy(target_macs=share, scope="knapsack"))
+        assert ours.macs_after <= uniform.macs_after
+        assert loss(made, ours) <= loss(made, uniform)
+
+
+@pytest.mark.parametrize("costs", [{}, {"a": (0.0,) * 5}, {"a": (0.0,) * 5, "b": (0.0, 1.0, 2.0)}])
+def test_knapsack_without_the_cost_of_every_step_names_a_criterion_that_has_it(
+    costs: dict[str, tuple[float, ...]],
+) -> None:
+    net = chain(group("a", 4), group("b", 4))
+    with pytest.raises(InputError, match=r"does not say it for '[ab]'") as error:
+        knapsack(net, costs, ratio=0.5)
+    assert "reconstruction" in str(error.value.remedy)
+
+
+def test_costs_may_end_where_the_limit_of_the_scope_does() -> None:
+    net = Bank((group("a", 4), group("b", 4)), (), {"a": 1, "b": 1})
+    assert knapsack(net, {"a": (0, 1, 2, 3), "b": (0, 9, 18, 27)}, ratio=0.25) == {"a": 2}
+
+
+def test_an_override_needs_no_costs() -> None:
+    net = Bank((group("a", 4), group("b", 4)), (), {"a": 1, "b": 1})
+    scores = {"a": (1.0,) * 4, "b": (1.0,) * 4}
+    made = Ranking("reconstruction", scores, {}, costs={"a": (0.0, 1.0, 2.0, 3.0, 4.0)})
+    policy = Policy(ratio=0.5, scope="knapsack", round_to=1, min_width=1, overrides={"b": 0.25})
+    assert plan_pruning(made, net, policy=policy).removed == {"a": (0, 1), "b": (0,)}
 
 
 # ---- targets ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("ratio", [0.1, 0.25, 0.3, 0.5, 0.6])
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("scope", ["per-group", "global"])
+@pytest.mark.parametrize("scope", SCOPES)
 def test_the_total_is_within_one_step_of_the_largest_group(seed: int, ratio: float, scope: str) -> None:
     net = random_chain(seed)
     result = plan(net, seed=seed, ratio=ratio, scope=scope)
@@ -247,7 +483,7 @@ def test_the_total_is_within_one_step_of_the_largest_group(seed: int, ratio: flo
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.5])
-@pytest.mark.parametrize("scope", ["per-group", "global"])
+@pytest.mark.parametrize("scope", SCOPES)
 def test_small_steps_make_up_for_groups_of_wide_units(ratio: float, scope: str) -> None:
     net = chain(group("a", 256), *(group(f"w{i}", 128, units=2) for i in range(4)), group("b", 64))
     result = plan(net, ratio=ratio, scope=scope)
@@ -278,7 +514,7 @@ def test_widths_stay_on_their_steps_and_above_min_width(seed: int, policy: dict[
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("scope", ["per-group", "global"])
+@pytest.mark.parametrize("scope", SCOPES)
 def test_a_larger_ratio_removes_whatever_a_smaller_one_does(seed: int, scope: str) -> None:
     net = random_chain(seed)
     plans = [plan(net, seed=seed, ratio=ratio / 40, scope=scope).removed for ratio in range(4, 24)]
@@ -287,7 +523,7 @@ def test_a_larger_ratio_removes_whatever_a_smaller_one_does(seed: int, scope: st
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("scope", ["per-group", "global"])
+@pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("target", [0.45, 0.6, 0.8])
 def test_a_size_target_is_met_within_one_step(seed: int, scope: str, target: float) -> None:
     net = random_chain(seed, wide_units=True)
@@ -325,8 +561,11 @@ def test_an_unreachable_target_says_what_is_reachable() -> None:
         plan(net, target_macs=0.1)
     with pytest.raises(InputError, match=r"ratio 0\.95 .* at most 0\.75 of the 64 prunable"):
         plan(net, ratio=0.95, min_width=16)
-    with pytest.raises(InputError, match=r"at most 0\.75 .* at most 85% of a group"):
-        plan(chain(group("a", 64)), ratio=0.99, scope="global", min_width=1)
+    for scope in OVER_GROUPS:
+        with pytest.raises(
+            InputError, match=rf"at most 0\.75 .* at most 85% of a group under the {scope} scope"
+        ):
+            plan(chain(group("a", 64)), ratio=0.99, scope=scope, min_width=1)
 
 
 @pytest.mark.parametrize("target", [{"target_macs": 0.125}, {"target_params": 0.125}])
@@ -481,7 +720,10 @@ def test_a_group_without_scores_is_refused() -> None:
         ({"ratio": True}, "ratio is True"),
         ({"target_macs": 1.0}, "target_macs is 1.0; expected a fraction of the base kept"),
         ({"target_params": float("inf")}, "target_params is inf"),
-        ({"ratio": 0.3, "scope": "layer"}, "scope is 'layer'; expected one of per-group, global"),
+        (
+            {"ratio": 0.3, "scope": "layer"},
+            "scope is 'layer'; expected one of per-group, global, isomorphic, knapsack",
+        ),
         ({"ratio": 0.3, "round_to": 0}, "round_to is 0"),
         ({"ratio": 0.3, "round_to": 2.5}, "round_to is 2.5"),
         ({"ratio": 0.3, "min_width": 0}, "min_width is 0"),

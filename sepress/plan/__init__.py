@@ -17,9 +17,9 @@ Scopes over groups take at most 85 % of any one.
 
 A ratio takes the prefix that rounds every group to its nearest width, moved along the schedule
 until the total is within one step of the largest group; where a step of wide units jumps over that, smaller
-steps are given back. A target in MACs or parameters takes the first prefix at or below it, then gives
-back what fits, at most one step a group: at or below the target, as near as the steps allow. Of two
-units with equal scores the lower index goes first.
+steps are given back, or taken in its place. A target in MACs or parameters takes the first prefix at or
+below it, then gives back what fits, at most one step a group: at or below the target, as near as the
+steps allow. Of two units with equal scores the lower index goes first.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from itertools import accumulate
 from typing import cast
 
@@ -49,6 +50,22 @@ def _give_back(
     return result
 
 
+def _fill_up(
+    ladders: Sequence[Ladder], schedule: Sequence[int], length: int, room: Fraction
+) -> dict[str, tuple[int, ...]]:
+    """A prefix, and of the later steps, in their order, those that fit into so many channels."""
+    taken = Counter(schedule[:length])
+    stuck = set()
+    for position in schedule[length:]:
+        size = ladders[position].sizes()[taken[position]]
+        if position not in stuck and size <= room:
+            taken[position] += 1
+            room -= size
+        else:
+            stuck.add(position)
+    return removal(ladders, [taken[position] for position in range(len(ladders))])
+
+
 def cut_to_ratio(
     ladders: Sequence[Ladder], schedule: Sequence[int], policy: Policy
 ) -> dict[str, tuple[int, ...]]:
@@ -82,7 +99,8 @@ def cut_to_ratio(
     high = bisect_right(gone, target + tolerance) - 1
     if low <= high:
         return _prefix(ladders, schedule, min(max(nearest, low), high))
-    # One step of wide units jumps over the target: smaller steps of other groups make up for it.
+    # One step of wide units jumps over the target: smaller steps of other groups make up for it,
+    # those taken before it that can be given back, or those that come after it.
     widths = {ladder.name: ladder.group.unit_width for ladder in ladders}
 
     def channels(removed: Removed) -> int:
@@ -95,7 +113,7 @@ def cut_to_ratio(
         lambda removed: channels(removed) >= target,
         rounds=len(schedule),
     )
-    under = _prefix(ladders, schedule, high)
+    under = _fill_up(ladders, schedule, high, target - gone[high])
     return min(over, under, key=lambda removed: abs(channels(removed) - target))
 
 
