@@ -237,6 +237,18 @@ class TrainingOptions(OptionGroup):
     label_smoothing: Annotated[float | None, typer.Option("--label-smoothing")] = None
 
 
+class PolarisationOptions(OptionGroup):
+    panel = "Training"
+    section = "stage"
+
+    strength: Annotated[
+        float | None, typer.Option("--strength", help="Of the penalty that drives gates apart.")
+    ] = None
+    open_share: Annotated[
+        float | None, typer.Option("--open-share", help="Fraction of a gate's channels driven to 1.")
+    ] = None
+
+
 class DistillationOptions(OptionGroup):
     panel = "Training"
     section = "stage"
@@ -556,6 +568,25 @@ def train(
     """Train a network from random weights and keep its best epoch."""
     draft = Draft().add(model, data, run).stage("train", training).stage("evaluate")
     execute(draft.require(require).recipe("trained"), out=out, as_json=as_json)
+
+
+@_command(
+    "sepress polarise model.pt --epochs 3",
+    "sepress polarise model.pt --data photos/ --epochs 5 --strength 0.3 --out polarised",
+)
+def polarise(
+    model: ModelOptions,
+    data: DataOptions,
+    training: TrainingOptions,
+    polarisation: PolarisationOptions,
+    run: RunOptions,
+    require: Require = None,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a model on with its SE gates driven towards 0 and 1, so that mean excitation decides."""
+    draft = Draft().add(model, data, run).stage("polarise", training, polarisation).stage("evaluate")
+    execute(draft.require(require).recipe("polarised"), out=out, as_json=as_json)
 
 
 @_command("sepress inspect timm:seresnet50", "sepress inspect model.pt --json")

@@ -33,8 +33,9 @@ from sepress.runfolder import RunFolder, StageRecord
 from sepress.schedule import TrainConfig
 from sepress.types import JSON, Bundle, ModelSpec, Policy
 
-LABELS = ("base", "pruned", "tuned")  # in the order in which nets are made
+LABELS = ("base", "polarised", "pruned", "tuned")  # in the order in which nets are made
 SAVED_CHECK = "saved_equals_loaded"
+_TRAINING = {"train": "training", "polarise": "polarising", "finetune": "fine-tuning"}  # these need labels
 
 
 class Job:
@@ -60,6 +61,9 @@ class Job:
             if self.input_label != "base" and (base := find_base(bundle, arch=self.user_arch)):
                 base.net.to(self.device)
                 self.bundles["base"] = base
+            elif self.input_label == "polarised":  # without its base it is the base of what follows
+                self.input_label = "base"
+                self.bundles = {"base": bundle}
         self._check_labels()
         for note in self.source.notes:
             console.log(note)
@@ -93,8 +97,8 @@ class Job:
         if self.source.labels_reason is None:
             return
         for stage in self.recipe.stages:
-            if stage.kind in ("train", "finetune"):
-                what = "fine-tuning" if stage.kind == "finetune" else "training"
+            if stage.kind in _TRAINING:
+                what = _TRAINING[stage.kind]
             elif stage.kind in ("rank", "prune") and get_criterion(stage.criterion).needs & NEEDS_LABELS:
                 what = f"the criterion {stage.criterion}"
             else:
@@ -215,7 +219,10 @@ class Job:
         return path.name, {"passed": True, "relative_error": 0.0}
 
     def origin(self) -> dict[str, JSON] | None:
-        """Where the net that is pruned lies, so that a later fine-tune finds its teacher."""
+        """Where the base of what is pruned or polarised lies, so that a later fine-tune finds its teacher."""
+        if self.input_label == "polarised":
+            origin: dict[str, JSON] = self.bundles["polarised"].lineage["base"]
+            return origin
         path = self.artifact(self.input_label) or Path(self.recipe.model.source)
         if not path.is_file():
             return None
@@ -231,10 +238,12 @@ def _equal(a: nn.Module, b: nn.Module) -> bool:
 
 
 def _input_label(recipe: Recipe, bundle: Bundle) -> str:
-    """What the input is called: the base of a pruning; elsewhere what its file says it is."""
+    """What the input is called: the base of what shapes it; elsewhere what its file says it is."""
     kinds = {stage.kind for stage in recipe.stages}
     stage = bundle.lineage.get("stage")
-    if "prune" in kinds or stage not in LABELS:
+    if stage == "polarised" and "polarise" not in kinds:  # on the way from its base to a pruned net
+        return "polarised"
+    if kinds & {"polarise", "prune"} or stage not in LABELS:
         return "base"
     if stage == "tuned" and "finetune" in kinds:  # a tuned net tuned again
         return "pruned" if bundle.lineage.get("plans") else "base"

@@ -20,9 +20,10 @@ from torch import nn
 
 from sepress import console
 from sepress.bundle import new_folder
-from sepress.calibrate import ExcitationStats
+from sepress.calibrate import ExcitationStats, calibrate
 from sepress.compare import Comparison, Table, compare
 from sepress.coupling import Coupling
+from sepress.defaults import CALIBRATION_IMAGES
 from sepress.device import resolve_device, seeded
 from sepress.errors import CheckError, InputError, SepressError
 from sepress.export import check_onnx_parity, export_onnx, measure_onnx_latency
@@ -45,7 +46,16 @@ from sepress.recipe import EvaluateStage, Recipe, check_inputs, effective_yaml, 
 from sepress.report import report_to_json, report_to_markdown
 from sepress.runfolder import RunFolder, StageRecord
 from sepress.summary import build_report
-from sepress.train import evaluate, recalibrate_batchnorm, train
+from sepress.train import (
+    Decisions,
+    Penalty,
+    Polarisation,
+    decisions,
+    evaluate,
+    polarisation_notes,
+    recalibrate_batchnorm,
+    train,
+)
 from sepress.types import JSON, Bundle, Check, PruningPlan, Ranking, Report
 
 PARITY_IMAGES = 32  # real ones; enough to meet every branch of a clamp
@@ -63,11 +73,13 @@ class Outcome:
 
 # ---- the stages: each (job, settings) -> record ---------------------------------------------------
 def load_stage(job: Job, settings: Any) -> StageRecord:
-    """Say what was loaded; a net that has no file of its own and is pruned is kept, as a later teacher."""
+    """Say what was loaded; a net that has no file of its own and is changed is kept, as a later teacher."""
     spec = job.spec
     console.log(f"loaded {spec.reference}" + ("" if spec.trained else ", UNTRAINED (random weights)"))
     kept = {}
-    if not Path(job.recipe.model.source).is_file() and any(s.kind == "prune" for s in job.recipe.stages):
+    if not Path(job.recipe.model.source).is_file() and any(
+        stage.kind in ("polarise", "prune") for stage in job.recipe.stages
+    ):
         bundle = job.newest
         kept["base"], _ = job.keep("base", bundle.net, lineage=dict(bundle.lineage), trained=spec.trained)
     return StageRecord("load", kept, {"trained": spec.trained})
@@ -77,7 +89,23 @@ def train_stage(job: Job, settings: Any) -> StageRecord:
     """Train from random weights."""
     with seeded(job.recipe.seed):
         net = build_net(job.spec).to(job.device)
-    return _train(job, settings, net, lineage={}, label="base", teacher=None)
+    return _train(job, settings, net, lineage={}, label="base")
+
+
+def polarise_stage(job: Job, settings: Any) -> StageRecord:
+    """Train the newest net on with its gates driven apart; say what that did to them, and what it cost."""
+    parent = job.newest
+    coupling = job.coupling()
+    penalty = Polarisation(coupling, strength=settings.strength, open_share=settings.open_share)
+    net = copy.deepcopy(parent.net)
+    lineage = {**parent.lineage, "base": job.origin()}
+    record = _train(job, settings, net, lineage=lineage, label="polarised", penalty=penalty)
+    before, after = (_decisions(job, each, coupling) for each in (parent.net, net))
+    notes = polarisation_notes(before, after)
+    for note in notes:
+        console.log(note)
+    found = {"before": asdict(before), "after": asdict(after)}
+    return replace(record, facts={**record.facts, "polarisation": found, "notes": notes})
 
 
 def rank_stage(job: Job, settings: Any) -> StageRecord:
@@ -192,6 +220,7 @@ def export_stage(job: Job, settings: Any) -> StageRecord:
 STAGES: dict[str, Callable[[Job, Any], StageRecord]] = {
     "load": load_stage,
     "train": train_stage,
+    "polarise": polarise_stage,
     "rank": rank_stage,
     "prune": prune_stage,
     "finetune": finetune_stage,
@@ -295,14 +324,14 @@ def _stage_list(recipe: Recipe) -> list[tuple[str, Any]]:
     kinds = {kind for kind, _ in stages}
     if "train" not in kinds:
         stages.insert(0, ("load", None))
-    if kinds & {"train", "prune", "finetune"} and "evaluate" not in kinds:
+    if kinds & {"train", "polarise", "prune", "finetune"} and "evaluate" not in kinds:
         stages.append(("evaluate", EvaluateStage()))  # after all choices: test is touched once
     return stages
 
 
 def _dry_run(job: Job) -> Outcome:
     settings = next((stage for stage in job.recipe.stages if stage.kind == "prune"), None)
-    if settings is None or job.recipe.stages[0].kind == "train":
+    if settings is None or job.recipe.stages[0].kind in ("train", "polarise"):
         raise InputError("there is no trained model to plan for", remedy="Train first; plan on its file.")
     coupling = job.coupling()
     ranking, _ = _rank(job, coupling, settings.criterion, settings.calibration_images)
@@ -333,7 +362,8 @@ def _train(
     *,
     lineage: dict[str, JSON],
     label: str,
-    teacher: nn.Module | None,
+    teacher: nn.Module | None = None,
+    penalty: Penalty | None = None,
 ) -> StageRecord:
     checkpoint = job.folder.file(f"{label}.checkpoint")
     result = train(
@@ -342,16 +372,33 @@ def _train(
         config=train_config(job.recipe, settings),
         device=job.device,
         teacher=teacher,
+        penalty=penalty,
         checkpoint=checkpoint,
     )
     chosen = {"epoch": result.best_epoch, "val_top1": result.best_val_top1}
-    lineage |= {
-        "history": {**lineage.get("history", {}), label: [asdict(row) for row in result.history]},
-        "selection": {**lineage.get("selection", {}), label: chosen},
-    }
+    lineage["history"] = {**lineage.get("history", {}), label: [asdict(row) for row in result.history]}
+    if penalty is None:  # else the last epoch's weights are taken
+        lineage["selection"] = {**lineage.get("selection", {}), label: chosen}
     name, saved = job.keep(label, net, lineage=lineage, trained=True)
     checkpoint.unlink(missing_ok=True)  # the finished model has taken its place
     return StageRecord(settings.kind, {label: name}, {"trained": True, SAVED_CHECK: saved})
+
+
+def _decisions(job: Job, net: nn.Module, coupling: Coupling) -> Decisions:
+    """Measure accuracy on validation, and the gates on calibration images."""
+    images = job.calibration(CALIBRATION_IMAGES)
+    stats = calibrate(net, coupling, images, evidence=frozenset({"excitation"}), device=job.device)
+    accuracy = evaluate(
+        net,
+        job.source,
+        split="val",
+        device=job.device,
+        batch_size=batch_size(job.recipe),
+        workers=workers(job.recipe),
+    )
+    if accuracy.top1 is None:
+        raise InputError(f"accuracy on validation can't be measured: {accuracy.reason}")
+    return decisions(accuracy.top1, {gate.name: stats.mean_excitation(gate) for gate in coupling.gates})
 
 
 def _export(job: Job, label: str, path: Path, images: torch.Tensor, settings: Any) -> Check:

@@ -18,7 +18,16 @@ from typer.testing import CliRunner
 import sepress
 from sepress import cli
 from sepress.errors import CheckError, ConstraintError, InputError, SepressError
-from sepress.recipe import CRITERIA, STAGES, DataConfig, ExportStage, ModelConfig, PruneStage, Recipe
+from sepress.recipe import (
+    CRITERIA,
+    STAGES,
+    DataConfig,
+    ExportStage,
+    ModelConfig,
+    PolariseStage,
+    PruneStage,
+    Recipe,
+)
 from sepress.report import report_to_json
 from sepress.types import Check, GroupRow, Measurement, Policy, PruningPlan, Report
 
@@ -198,6 +207,15 @@ def test_checks_that_can_not_tell_are_accepted_by_every_stage_that_checks(stages
     pruning, exporting = stages.recipes
     assert pruning.stages[0] == PruneStage(ratio=0.3, allow_vacuous=True)
     assert pruning.stages[-1] == exporting.stages[0] == ExportStage(allow_vacuous=True)
+
+
+def test_polarise_is_a_stage_of_its_own(stages: Stages) -> None:
+    line = "polarise model.pt --epochs 2 --strength 0.3 --open-share 0.6 --lr 0.01 --data photos"
+    assert call(line).exit_code == 0
+    (recipe,) = stages.recipes
+    assert recipe.stages[0] == PolariseStage(epochs=2, strength=0.3, open_share=0.6, lr=0.01)
+    assert [stage.kind for stage in recipe.stages] == ["polarise", "evaluate"]
+    assert recipe.name == "polarised"
 
 
 def test_a_plan_is_applied_as_it_stands(stages: Stages) -> None:

@@ -282,7 +282,7 @@ require: [top1<=2, top1_drop<=0.01]
     ("change", "message"),
     [
         ("stages=[]", "stages: a run needs a stage"),
-        ("stages=[evaluate, train]", "stages: 'train' can't follow 'evaluate'; the order is train, rank"),
+        ("stages=[evaluate, train]", "stages: 'train' can't follow 'evaluate'; the order is train, polarise"),
         ("stages=[export, {prune: {ratio: 0.3}}]", "stages: 'prune' can't follow 'export'"),
         ("stages=[finetune, {prune: {ratio: 0.3}}]", "stages: 'prune' can't follow 'finetune'"),
         ("stages=[{prune: {ratio: 0.3}}, rank]", "stages: 'rank' can't follow 'prune'"),
@@ -476,7 +476,7 @@ def test_the_readme_documents_every_key_and_its_default() -> None:
     assert documented.keys() == settings.keys()
     assert documented["recipe"].pop("extends") == ""
     assert documented["recipe"].pop("name") == "the file's"
-    inherited = {"finetune": "train", "prune": "rank"}
+    inherited = {"polarise": "train", "finetune": "train", "prune": "rank"}
     for name, model in settings.items():
         keys = documented[name] | {
             key: default

@@ -389,3 +389,55 @@ def test_the_whole_job_runs_by_mean_excitation_and_says_what_judged_the_rest(
     assert evidence["ungated"].startswith("L2")
     assert report.criterion == "mean-excitation"
     assert all(check.passed for check in report.checks.values())
+
+
+POLARISE = {"polarise": {"epochs": 1, "lr": 0.02, "warmup_epochs": 0.1, "strength": 3.0}}
+
+
+def test_a_polarised_net_is_what_is_pruned_and_its_base_teaches_and_is_compared_with(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome = stages.run_recipe(
+        recipe(POLARISE, model={"source": str(model)}, device="cpu"), out=tmp_path / "polarised"
+    )
+    base, polarised = outcome.report.measurements
+    assert (base.label, polarised.label, base.macs) == ("base", "polarised", polarised.macs)
+    cost, gates = (note for note in outcome.report.notes if "polarised" in note or "excitation" in note)
+    assert "top-1 on validation" in cost
+    assert gates.count("->") == 3  # its gates
+    found = json.loads((outcome.folder / "run.json").read_text())["stages"][1]["facts"]["polarisation"]
+    decided = {when: sum(d["closed"].values()) + sum(d["open"].values()) for when, d in found.items()}
+    assert decided["before"] < decided["after"]
+    assert "polarised" not in outcome.report.selection
+
+    teachers: list[Any] = []
+    plain = stages.train
+    monkeypatch.setattr(
+        stages, "train", lambda *args, **named: teachers.append(named["teacher"]) or plain(*args, **named)
+    )
+    tune = {"finetune": {"epochs": 1, "lr": 0.02, "warmup_epochs": 0.1}}
+    what = recipe(PRUNE, tune, model={"source": str(outcome.folder / "polarised.pt")}, device="cpu")
+    report = stages.run_recipe(what, out=tmp_path / "pruned").report
+    assert [m.label for m in report.measurements] == ["base", "polarised", "pruned", "tuned"]
+    assert report.measurements[0].top1 == base.top1
+    weights = load_bundle(model).net.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in teachers[0].state_dict().items())
+    tuned = load_bundle(tmp_path / "pruned" / "tuned.pt")
+    assert tuned.lineage["base"]["path"] == str(model.resolve())
+    model.unlink()  # without its base, the polarised net is one
+    report = stages.run_recipe(prune_recipe(outcome.folder / "polarised.pt"), out=tmp_path / "alone").report
+    assert [m.label for m in report.measurements] == ["base", "pruned"]
+
+
+def test_polarising_needs_labels_and_gates(model: Path, tmp_path: Path) -> None:
+    plain = {"source": "timm:resnet10t", "random_weights": True, "input_size": 28, "num_classes": 10}
+    with pytest.raises(InputError, match="no gate"):
+        stages.run_recipe(recipe(POLARISE, model=plain, **DIGITS), out=tmp_path / "run")
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    from PIL import Image
+
+    Image.new("L", (28, 28)).save(folder / "a.png")
+    unlabelled = recipe(POLARISE, model={"source": str(model)}, data={"path": str(folder)}, device="cpu")
+    with pytest.raises(InputError, match="polarising needs labels"):
+        stages.run_recipe(unlabelled, out=tmp_path / "labels")

@@ -18,20 +18,25 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from sepress.coupling import trace
 from sepress.data import DataSource, DataSpec, make_loader, open_data
 from sepress.errors import InputError
 from sepress.train import (
     Accuracy,
+    Polarisation,
     TrainConfig,
+    decisions,
     evaluate,
     learning_rate,
     logits_of,
     loop,
+    polarisation_notes,
     recalibrate_batchnorm,
     train,
 )
 from sepress.train.checkpoint import tensors_of
 from sepress.train.loop import WeightAverage, build_optimizer, distillation_loss
+from sepress.train.polarise import polarisation
 from sepress.types import Preprocessing
 
 CPU = torch.device("cpu")
@@ -555,6 +560,125 @@ def test_weights_that_explode_in_the_last_step_are_found_in_validation(source: D
     config = TrainConfig(epochs=1, batch_size=24, lr=1e38, warmup_epochs=0, ema_decay=None, clip_norm=None)
     with pytest.raises(InputError, match=r"validation after epoch 1 .* not finite for 12 of 12"):
         run(small_net(), source, config)
+
+
+# ---- polarisation -------------------------------------------------------------------------------
+class GatedNet(nn.Module):
+    """A convolution and a norm, SE on 8 channels, a classifier of three; may stop its training run."""
+
+    def __init__(self, stop_at: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.conv, self.norm = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8)
+            self.squeeze, self.expand = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+            self.head = nn.Linear(8, 3)
+        self.left = stop_at
+
+    def excite(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.norm(self.conv(x)).relu()
+        return x, self.expand(self.squeeze(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():  # in a step of training
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        x, s = self.excite(x)  # (N, 8, H, W), (N, 8, 1, 1)
+        out: Tensor = self.head((x * s).mean((2, 3)))
+        return out
+
+
+def polarised(net: GatedNet, strength: float = 2.0, **more: Any) -> Polarisation:
+    return Polarisation(trace(net.eval(), torch.rand(1, 1, 8, 8)), strength=strength, **more)
+
+
+def test_the_regulariser_is_the_one_worked_out_by_hand() -> None:
+    m = torch.tensor([0.2, 0.6])  # mean 0.4
+    assert polarisation(m, open_share=0.25).item() == pytest.approx((0.2 + 0.6 - 0.2 - 0.2) / 2)  # t = 1
+    assert polarisation(m, open_share=0.5).item() == pytest.approx(-0.2)  # t = 0
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
+def test_the_regulariser_is_least_where_the_share_asked_for_is_open(share: float) -> None:
+    corners = [polarisation((torch.arange(8) < k).float(), open_share=share) for k in range(9)]
+    inside = polarisation(torch.rand(1000, 8).clamp(0.01, 0.99)[0], open_share=share)
+    assert int(torch.stack(corners).argmin()) == 8 * share
+    assert min(corners) < inside
+
+
+def test_one_polarising_step_is_that_of_the_loss_plus_the_penalty_with_norms_frozen(
+    source: DataSource,
+) -> None:
+    net, ours = GatedNet(), GatedNet().eval()
+    config = TrainConfig(
+        epochs=1,
+        batch_size=24,
+        lr=0.1,
+        weight_decay=0,
+        warmup_epochs=0,
+        label_smoothing=0,
+        ema_decay=None,
+        clip_norm=None,
+    )
+    ((images, targets),) = make_loader(source.dataset("train"), batch_size=24)
+    x, s = ours.excite(images)
+    m = s.mean((0, 2, 3))
+    penalty = 2.0 * (1.0 * m - (m - m.mean()).abs()).mean()
+    (F.cross_entropy(ours.head((x * s).mean((2, 3))), targets) + penalty).backward()
+    run(net, source, config, penalty=polarised(net, open_share=0.25))
+    for (name, after), before in zip(net.named_parameters(), ours.parameters(), strict=True):
+        assert torch.allclose(after, before - 0.1 * 1.9 * before.grad, rtol=1e-4, atol=1e-6), name
+    assert equal(net.norm, nn.BatchNorm2d(8)) is False  # its gain was trained
+    assert torch.equal(net.norm.running_mean, torch.zeros(8))
+
+
+def test_polarising_decides_the_gates_and_the_last_epoch_is_kept(source: DataSource) -> None:
+    net = GatedNet()
+    result = run(net, source, replace(SHORT, epochs=12, lr=0.5, ema_decay=None), penalty=polarised(net, 20))
+    images = torch.stack([source.dataset("train")[i][0] for i in range(24)])
+    with torch.no_grad():
+        m = net.eval().excite(images)[1].mean((0, 2, 3))
+    found = decisions(0.5, {"se": m})
+    assert found.closed["se"] + found.open["se"] == 1
+    assert 0 < found.open["se"] < 1
+    assert result.best_epoch == 12
+
+
+@pytest.mark.parametrize("at", [2, 8])
+def test_an_interrupted_polarisation_goes_on_to_the_same_weights_to_the_bit(
+    source: DataSource, tmp_path: Path, at: int
+) -> None:
+    path, straight, resumed = tmp_path / "run.checkpoint", GatedNet(), GatedNet()
+    expected = run(straight, source, penalty=polarised(straight))
+    broken = GatedNet(at)
+    with pytest.raises(KeyboardInterrupt):
+        run(broken, source, penalty=polarised(GatedNet()), checkpoint=path)
+    result = run(resumed, source, penalty=polarised(resumed), checkpoint=path)
+    assert equal(resumed, straight)
+    assert [row.train_loss for row in result.history] == [row.train_loss for row in expected.history]
+    with pytest.raises(InputError, match=r"penalty .*2\.0.*3\.0"):
+        run(GatedNet(), source, penalty=polarised(GatedNet(), 3.0), checkpoint=path)
+    with pytest.raises(InputError, match="penalty"):
+        run(GatedNet(), source, checkpoint=path)
+
+
+def test_polarisation_is_refused_where_there_is_nothing_to_polarise_or_no_sense_in_it() -> None:
+    plain = small_net().eval()
+    with pytest.raises(InputError, match="no gate"):
+        Polarisation(trace(plain, torch.rand(1, 1, 8, 8)), strength=1.0)
+    for wrong in ({"strength": 0.0}, {"open_share": 1.0}):
+        with pytest.raises(InputError, match="Expected"):
+            polarised(GatedNet(), **wrong)  # type: ignore[arg-type]
+
+
+def test_notes_on_polarisation_state_its_cost_and_the_decided_channels_of_each_gate() -> None:
+    before = decisions(0.98, {"se": torch.tensor([0.5, 0.05, 0.5, 0.5])})
+    after = decisions(0.97, {"se": torch.tensor([0.0, 0.0, 0.95, 0.9])})
+    assert polarisation_notes(before, after) == [
+        "polarised: top-1 on validation 98.00% -> 97.00%",
+        "channels of a mean excitation under 0.1 / over 0.9, by gate: se 25% / 0% -> 50% / 25%",
+    ]
 
 
 # ---- evaluation -----------------------------------------------------------------------------------

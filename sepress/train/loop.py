@@ -1,15 +1,15 @@
-"""One training loop: from scratch, or as fine-tuning with the base model as teacher (Hinton et al. 2015)."""
+"""One training loop: from scratch, with the base model as teacher (Hinton et al. 2015), or with a penalty."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from sepress.train.evaluate import evaluate, logits_of, output_names
 
 if TYPE_CHECKING:
     from sepress.data import DataSource
+    from sepress.types import JSON
 
 CHECK_EVERY = 50  # steps between looks at the loss: each look makes a GPU wait
 
@@ -50,6 +51,21 @@ class EpochRow:
     val_loss: float
     lr: float
     seconds: float
+
+
+class Penalty(Protocol):
+    """A term of the loss that looks inside the net as it runs.
+
+    What happens inside is known by a trace in eval mode, so the net trains in that mode: its norms keep their
+    running statistics, and there is no dropout. That suits a short training of a trained net.
+    """
+
+    @property
+    def identity(self) -> Mapping[str, JSON]:
+        """All that its value depends on beside the net and the images, as plain values."""
+
+    def watching(self, net: nn.Module) -> AbstractContextManager[Callable[[], Tensor]]:
+        """Watch the forwards of `net`; what the context gives returns the term of the last one, ()."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +84,7 @@ def train(
     config: TrainConfig,
     device: torch.device,
     teacher: nn.Module | None = None,
+    penalty: Penalty | None = None,
     checkpoint: Path | None = None,
     rank: int = 0,
     world_size: int = 1,
@@ -76,11 +93,13 @@ def train(
 
     Selection: the epoch of the highest top-1 on val, of equal ones the lowest loss, of equal ones the first;
     with `ema_decay` the averaged weights are evaluated and selected. The test split is never touched.
+    With a `penalty`, which is added to the loss, the last epoch's weights are taken: accuracy alone would
+    choose those that it has shaped least. In a distributed run each process has its own batch's.
     The teacher is run in eval mode and its weights stay. Both nets are moved to the device.
 
     `checkpoint` names a file that is written after every epoch, and continued from if it exists: the same
-    call (config, data, first weights, teacher, kind of device) goes on and ends bit-equal to a run that
-    was never interrupted; another call's file raises InputError. It stays; the caller deletes it.
+    call (config, data, first weights, teacher, penalty, kind of device) goes on and ends bit-equal to a run
+    that was never interrupted; another call's file raises InputError. It stays; the caller deletes it.
 
     In a distributed run every process calls this with the same arguments but `rank`, on a file system that
     all of them see; process 0 writes.
@@ -103,7 +122,7 @@ def train(
             stack.enter_context(kept_modes(teacher))
             teacher.eval()
         stack.enter_context(_restored(net))
-        run = _Run(net, source, config, device, teacher, rank, world_size)
+        run = _Run(net, source, config, device, teacher, penalty, rank, world_size)
         if checkpoint is not None:
             run.resume(checkpoint)
         while len(run.history) < config.epochs:
@@ -140,11 +159,13 @@ class _Run:
         config: TrainConfig,
         device: torch.device,
         teacher: nn.Module | None,
+        penalty: Penalty | None,
         rank: int,
         world_size: int,
     ) -> None:
         self.net, self.source, self.config, self.device = net, source, config, device
         self.teacher = teacher if config.distill_weight > 0 else None
+        self.penalty = penalty
         self.rank, self.world_size = rank, world_size
         ranks.share(list(tensors_of(net).values()), world_size=world_size)
         self.identity = self._identity()
@@ -180,6 +201,7 @@ class _Run:
             "preprocessing": dataclasses.asdict(self.source.preprocessing),
             "first weights": tensor_digest(tensors_of(self.net)),
             "teacher": None if self.teacher is None else tensor_digest(tensors_of(self.teacher)),
+            "penalty": None if self.penalty is None else dict(self.penalty.identity),
             "device": self.device.type,
             "processes": self.world_size,
         }
@@ -219,9 +241,9 @@ class _Run:
             )
 
     def _select(self, row: EpochRow) -> None:
-        """Add the row; keep a copy of the weights that stand in the net where they are the best."""
+        """Add the row; keep a copy of the weights that stand in the net where they are the ones to take."""
         self.history.append(row)
-        if self.best_index >= 0:
+        if self.best_index >= 0 and self.penalty is None:
             best = self.history[self.best_index]
             if (row.val_top1, -row.val_loss) <= (best.val_top1, -best.val_loss):
                 return
@@ -230,17 +252,18 @@ class _Run:
 
     def _train(self, epoch: int) -> float:
         """One pass over the training images; returns the mean loss over them."""
-        self.net.train()
+        self.net.train(self.penalty is None)
         losses: list[Tensor] = []  # of the steps since the last look, on the device
         values: list[float] = []  # of the steps before
         sizes: list[int] = []
         title = f"epoch {epoch + 1}/{self.config.epochs}"
-        for inputs, targets in console.track(self.loader, title, total=len(self.loader)):
-            losses.append(self._step(inputs, targets))
-            sizes.append(len(targets))
-            if len(losses) == CHECK_EVERY:
-                values += self._look(losses, epoch=epoch, first=len(values))
-                losses = []
+        with nullcontext() if self.penalty is None else self.penalty.watching(self.net) as term:
+            for inputs, targets in console.track(self.loader, title, total=len(self.loader)):
+                losses.append(self._step(inputs, targets, term))
+                sizes.append(len(targets))
+                if len(losses) == CHECK_EVERY:
+                    values += self._look(losses, epoch=epoch, first=len(values))
+                    losses = []
         if losses:
             values += self._look(losses, epoch=epoch, first=len(values))
         return float(np.average(values, weights=sizes))
@@ -258,8 +281,11 @@ class _Run:
                 )
         return values
 
-    def _step(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """One step of the optimiser; returns the loss, () float32 on the device, without waiting for it."""
+    def _step(self, inputs: Tensor, targets: Tensor, term: Callable[[], Tensor] | None) -> Tensor:
+        """One step of the optimiser; returns the loss, () float32 on the device, without waiting for it.
+
+        `term` gives the penalty of the forward just made.
+        """
         config = self.config
         if (targets < 0).any():
             raise InputError("a training image has no label", remedy="Put every image into a class folder.")
@@ -277,6 +303,8 @@ class _Run:
                     taught = logits_of(self.teacher(inputs), classes=self.classes).float()
                 hint = distillation_loss(logits, taught, temperature=config.temperature)
                 loss = torch.lerp(loss, hint, config.distill_weight)
+            if term is not None:
+                loss = loss + term()
         self.optimizer.zero_grad()
         torch.autograd.backward(self.scaler.scale(loss))
         parameters = [p for p in self.net.parameters() if p.grad is not None]
