@@ -22,6 +22,7 @@ import typer.models
 from typer.core import TyperGroup
 
 from sepress import console
+from sepress.defaults import CRITERION
 from sepress.errors import InputError, SepressError
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ class CalibrationOptions(OptionGroup):
     ] = None
 
 
-class PlanOptions(OptionGroup):
+class TargetOptions(OptionGroup):
     panel = "Plan"
     section = "stage"
 
@@ -184,6 +185,12 @@ class PlanOptions(OptionGroup):
     target_params: Annotated[
         float | None, typer.Option("--target-params", help="Fraction of the parameters to keep.")
     ] = None
+
+
+class PlanOptions(OptionGroup):
+    panel = "Plan"
+    section = "stage"
+
     scope: Annotated[
         str | None, typer.Option("--scope", help="per-group (default), global, isomorphic or knapsack.")
     ] = None
@@ -296,6 +303,12 @@ Out = Annotated[
     Path | None,
     typer.Option("--out", metavar="DIR", help="The run folder; by default a new one.", rich_help_panel="Run"),
 ]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a key: stages.prune.round_to=4.", rich_help_panel="Run"
+    ),
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout.", rich_help_panel="Run")
 ]
@@ -369,6 +382,14 @@ class Draft:
             for key in path:
                 place = place.setdefault(key, {}) if isinstance(place, dict) else place[key]
             place[name] = _pairs(value, flag) if name == "overrides" else value
+
+    def set(self, overrides: list[str] | None) -> Self:
+        """Override keys, `key.path=value`, as `sepress run --set` does."""
+        from sepress.recipe import override
+
+        for text in overrides or ():
+            override(self.values, self.marks, text)
+        return self
 
     def require(self, constraints: list[str] | None) -> Self:
         self.values["require"] = constraints or []
@@ -632,6 +653,7 @@ def prune(
     data: DataOptions,
     criterion: CriterionOptions,
     calibration: CalibrationOptions,
+    target: TargetOptions,
     plan: PlanOptions,
     surgery: SurgeryOptions,
     checks: CheckOptions,
@@ -655,7 +677,7 @@ def prune(
             remedy="Leave out --dry-run, or --require.",
         )
     draft = Draft().add(model, data, run)
-    draft.stage("prune", criterion, calibration, plan, surgery, checks)
+    draft.stage("prune", criterion, calibration, target, plan, surgery, checks)
     draft.marks["stages", 0, "prune"] = "--ratio, --target-macs, --target-params, --plan"
     if finetune_epochs:
         draft.stage("finetune", epochs=finetune_epochs)
@@ -753,47 +775,100 @@ def _read_report(path: Path) -> "Report":
     return replace(found, artifacts=artifacts)
 
 
+Points = Annotated[
+    str | None,
+    typer.Option(metavar="FRACTION,...", help="As in prune; the most wanted first.", rich_help_panel="Plan"),
+]
+
+
 @_command(
-    "sepress compare model.pt --criteria contribution,l2,random --target-macs 0.5 --seeds 0,1",
-    "sepress compare model.pt --criteria fisher --ratio 0.3 --finetune-epochs 1 --out table",
+    "sepress compare model.pt --methods l2,contribution+refit,random --target-macs 0.5,0.25 --seeds 0,1",
+    "sepress compare s0.pt s1.pt s2.pt --seeds 0,1,2 --methods l2,fisher@global,scratch --target-macs 0.5",
+    "sepress compare model.pt --methods fisher --ratio 0.3 --finetune-epochs 1 --split val --out table",
 )
 def compare(
     model: ModelOptions,
     data: DataOptions,
     calibration: CalibrationOptions,
     plan: PlanOptions,
+    evaluation: EvaluationOptions,
     run: RunOptions,
-    criteria: Annotated[str, typer.Option("--criteria", metavar="NAME,...", rich_help_panel="Ranking")] = "",
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[MODEL]...", help="One more model for each further seed: its own base."),
+    ] = None,
+    methods: Annotated[
+        str,
+        typer.Option(
+            "--methods",
+            metavar="NAME,...",
+            help="A criterion, then +refit, @SCOPE or both: l2+refit@global; or scratch. All criteria.",
+            rich_help_panel="Ranking",
+        ),
+    ] = "",
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            metavar="NAME",
+            help="The method that the others are tested against.",
+            rich_help_panel="Ranking",
+        ),
+    ] = None,
     seeds: Annotated[str, typer.Option("--seeds", metavar="N,...", rich_help_panel="Ranking")] = "0",
+    ratio: Points = None,
+    target_macs: Points = None,
+    target_params: Points = None,
     finetune_epochs: Annotated[
         int, typer.Option("--finetune-epochs", min=0, help="Then train on.", rich_help_panel="Training")
     ] = 0,
+    settings: Settings = None,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """Prune by several criteria to one size and compare what is left; goes on where it stopped."""
+    """Prune by several methods to the same sizes and compare what is left; goes on where it stopped."""
     from sepress.recipe import CRITERIA
 
-    names = [name.strip() for name in criteria.split(",")] if criteria else list(CRITERIA)
-    if unknown := [name for name in names if name not in CRITERIA]:
-        raise InputError(f"--criteria {', '.join(unknown)}: expected any of {', '.join(CRITERIA)}")
-    draft = Draft().add(model, data, run).stage("prune", calibration, plan)
+    typed = {"ratio": ratio, "target_macs": target_macs, "target_params": target_params}
+    points = {name: text for name, text in typed.items() if text is not None}
+    first = {name: text.split(",")[0] for name, text in points.items()}
+    draft = Draft().add(model, data, run).stage("prune", calibration, plan, **first)
     draft.marks["stages", 0, "prune"] = "--ratio, --target-macs, --target-params"
     if finetune_epochs:
         draft.stage("finetune", epochs=finetune_epochs)
-    recipe = draft.recipe("compared")
-    if not all(seed.strip().isdecimal() for seed in seeds.split(",")):
-        raise InputError(f"--seeds {seeds}: expected whole numbers with commas between, such as 0,1,2")
+    recipe = draft.stage("evaluate", evaluation).set(settings).recipe("compared")
+    ((target, values),) = points.items()  # exactly one, or there was no recipe
+    names = [name.strip() for name in methods.split(",")] if methods else list(CRITERIA)
+    held = against or (CRITERION if CRITERION in names else names[0])
     with _stdout_kept():
         from sepress import stages
 
         table = stages.compare_model(
-            recipe, criteria=names, seeds=[int(seed) for seed in seeds.split(",")], out=out
+            recipe,
+            methods=names,
+            seeds=_numbers(seeds, "--seeds", int, "whole numbers with commas between, such as 0,1,2"),
+            values=_numbers(
+                values, _option(target), float, "fractions with commas between, such as 0.5,0.25"
+            ),
+            models=models or (),
+            against=held,
+            out=out,
         )
     if as_json:
         _print_json(table.to_json())
     else:
         _write(table.to_markdown())
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _numbers(text: str, flag: str, kind: type[Any], expected: str) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"{flag} {text}: expected {expected}") from error
 
 
 @_command(
@@ -803,10 +878,7 @@ def compare(
 )
 def run(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a packaged name.")],
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a key: stages.prune.target_macs=0.4."),
-    ] = None,
+    settings: Settings = None,
     require: Require = None,
     dry_run: DryRun = False,
     out: Out = None,

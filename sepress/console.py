@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _console: Console | None = None
+_quiet = False
 
 
 def enable() -> Console:
@@ -28,8 +29,19 @@ def enable() -> Console:
 
 def log(message: str) -> None:
     """One plain line for the person watching; markup in it is not interpreted."""
-    if _console is not None:
+    if _console is not None and not _quiet:
         _console.print(message, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Leave out the log lines of what runs inside, where one line for all of it follows; bars stay."""
+    global _quiet
+    before, _quiet = _quiet, True
+    try:
+        yield
+    finally:
+        _quiet = before
 
 
 def track(items: Iterable[T], description: str, *, total: int | None = None) -> Iterator[T]:

@@ -495,7 +495,7 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = (), *, require: Seq
     """
     values, marks, faults = _load(find_recipe(str(name)), ())
     for text in overrides:
-        _override(values, marks, text)
+        override(values, marks, text)
     own = values.setdefault("require", [])
     if isinstance(own, list):  # else validation says so
         marks.update({("require", len(own) + number): "--require" for number in range(len(require))})
@@ -579,7 +579,7 @@ def _forget(marks: dict[KeyPath, str], path: KeyPath) -> None:
         del marks[old]
 
 
-def _override(values: dict[str, Any], marks: dict[KeyPath, str], text: str) -> None:
+def override(values: dict[str, Any], marks: dict[KeyPath, str], text: str) -> None:
     """Apply `key.path=value`; a stage is addressed by its kind, or by its position from 0."""
     dotted, equals, written = text.partition("=")
     keys: list[str | int] = [*dotted.strip().split(".")]

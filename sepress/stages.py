@@ -21,8 +21,9 @@ from torch import nn
 from sepress import console
 from sepress.bundle import new_folder
 from sepress.calibrate import ExcitationStats, calibrate
-from sepress.compare import Comparison, Table, compare
+from sepress.compare import Comparison, Point, Table, compare, read_method, split_policy
 from sepress.coupling import Coupling
+from sepress.data import DataSource
 from sepress.defaults import CALIBRATION_IMAGES
 from sepress.device import resolve_device, seeded
 from sepress.errors import CheckError, InputError, SepressError
@@ -42,9 +43,10 @@ from sepress.job import (
 from sepress.models import build_net
 from sepress.plan import check_plan, plan_from_json, plan_pruning, plan_to_json
 from sepress.pruning import CHECK_IMAGES, group_rows, limited, prune_channels, rank_channels
-from sepress.recipe import EvaluateStage, Recipe, check_inputs, effective_yaml, recipe_digest
+from sepress.recipe import EvaluateStage, Recipe, TrainStage, check_inputs, effective_yaml, recipe_digest
 from sepress.report import report_to_json, report_to_markdown
 from sepress.runfolder import RunFolder, StageRecord
+from sepress.schedule import TrainConfig
 from sepress.summary import build_report
 from sepress.train import (
     Decisions,
@@ -291,31 +293,77 @@ def inspect_model(recipe: Recipe) -> Inspection:
 
 
 def compare_model(
-    recipe: Recipe, *, criteria: Sequence[str], seeds: Sequence[int], out: Path | None = None
+    recipe: Recipe,
+    *,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    values: Sequence[float] = (),
+    models: Sequence[str] = (),
+    against: str | None = None,
+    out: Path | None = None,
 ) -> Table:
-    """Compare criteria on the recipe's model, data, prune settings and (where it has one) fine-tune.
+    """Compare methods on the recipe's model, data, prune settings and (where it has one) fine-tune.
 
-    The default folder is the same each time, so that an interrupted comparison goes on.
+    `values` are those of the target that the prune stage names, the most wanted first; none: its own.
+    `models` are the bases of the seeds after the first, where each seed has its own. The default folder is
+    the same each time, so that an interrupted comparison goes on.
     """
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    bundle = load_base(recipe)
+    bundles = [load_base(_with_model(recipe, source)) for source in (recipe.model.source, *models)]
+    source = _common_source(recipe, bundles)
     stage: dict[str, Any] = {stage.kind: stage for stage in recipe.stages}
-    settings = stage["prune"]
+    settings, evaluation = stage["prune"], stage.get("evaluate", EvaluateStage())
+    point, policy = split_policy(policy_of(settings))
+    chosen = tuple(read_method(text) for text in methods)
+    finetune = train_config(recipe, stage["finetune"]) if "finetune" in stage else None
+    from_scratch = any(method.from_scratch for method in chosen)
     comparison = Comparison(
-        criteria=tuple(criteria),
+        methods=chosen,
+        points=tuple(Point(point.target, value) for value in values or (point.value,)),
         seeds=tuple(seeds),
-        policy=policy_of(settings),
-        finetune=train_config(recipe, stage["finetune"]) if "finetune" in stage else None,
+        policy=policy,
+        finetune=finetune,
+        scratch=_scratch_config(recipe, bundles[0], finetune) if from_scratch else None,
+        against=None if against is None else read_method(against),
+        split=evaluation.split,
         calibration_images=settings.calibration_images,
         recalibration_images=settings.recalibration_images,
         batch_size=batch_size(recipe),
         workers=workers(recipe),
     )
     folder = out or (Path(recipe.out) if recipe.out else _default_folder(recipe))
-    return compare(
-        bundle, open_source(recipe, bundle), comparison, out=folder, device=resolve_device(recipe.device)
-    )
+    return compare(bundles, source, comparison, out=folder, device=resolve_device(recipe.device))
+
+
+def _with_model(recipe: Recipe, source: str) -> Recipe:
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"source": source})})
+
+
+def _common_source(recipe: Recipe, bundles: Sequence[Bundle]) -> DataSource:
+    """The data of all the bases; InputError where they are not the same."""
+    source = open_source(recipe, bundles[0])
+    for bundle in bundles[1:]:
+        other = open_source(recipe, bundle)
+        if (other.fingerprint, other.class_names) != (source.fingerprint, source.class_names):
+            raise InputError(
+                "the models were trained on different data", remedy="Name the data of all of them: --data."
+            )
+    return source
+
+
+def _scratch_config(recipe: Recipe, bundle: Bundle, finetune: TrainConfig | None) -> TrainConfig:
+    """The training that the base had, as long as it and the fine-tune together."""
+    known = bundle.lineage.get("recipe") or {}
+    trainings = [stage["train"] for stage in known.get("stages", ()) if "train" in stage]
+    if not trainings:
+        raise InputError(
+            "how the base was trained is not known: 'scratch' can't train in the same way",
+            remedy="Compare a model that sepress trained, or leave 'scratch' out.",
+        )
+    config = train_config(recipe, TrainStage.model_validate(trainings[0]))
+    epochs = config.epochs + (finetune.epochs if finetune else 0)
+    return replace(config, epochs=epochs, batch_size=known["data"]["batch_size"])
 
 
 def _stage_list(recipe: Recipe) -> list[tuple[str, Any]]:

@@ -17,12 +17,15 @@ from typer.testing import CliRunner
 
 import sepress
 from sepress import cli
+from sepress.defaults import CRITERION
 from sepress.errors import CheckError, ConstraintError, InputError, SepressError
 from sepress.recipe import (
     CRITERIA,
     STAGES,
     DataConfig,
+    EvaluateStage,
     ExportStage,
+    FinetuneStage,
     ModelConfig,
     PolariseStage,
     PruneStage,
@@ -110,6 +113,7 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stages:
         "weights.pth",
         "model-pruned/plan.json",
         "model-pruned/pruned.pt",
+        "s0.pt",
         "photos/a.png",
     ):
         path = tmp_path / name
@@ -236,15 +240,31 @@ def test_inspect_of_a_name_asks_for_no_weights_and_no_images(stages: Stages) -> 
     assert not stages.recipes[1].model.random_weights
 
 
-def test_compare_takes_criteria_and_seeds(stages: Stages) -> None:
+def test_compare_takes_methods_points_seeds_and_their_models(stages: Stages) -> None:
     line = (
-        "compare model.pt --criteria l2,random --target-macs 0.5 --seeds 0,1 --finetune-epochs 2 "
-        "--calibration-images 64 --out there"
+        "compare model.pt weights.pth --methods random,l2+refit --target-macs 0.5,0.25 --seeds 0,1 "
+        "--finetune-epochs 2 --calibration-images 64 --split val --set stages.finetune.lr=0.5 --out there"
     )
     assert call(line).stdout == "| criterion |\n"
-    assert stages.arguments == {"criteria": ["l2", "random"], "seeds": [0, 1], "out": Path("there")}
-    assert [stage.kind for stage in stages.recipes[0].stages] == ["prune", "finetune"]
-    assert stages.recipes[0].stages[0] == PruneStage(target_macs=0.5, calibration_images=64)
+    assert stages.arguments == {
+        "methods": ["random", "l2+refit"],
+        "seeds": [0, 1],
+        "values": [0.5, 0.25],
+        "models": ["weights.pth"],
+        "against": "random",
+        "out": Path("there"),
+    }
+    prune, finetune, evaluate = stages.recipes[0].stages
+    assert prune == PruneStage(target_macs=0.5, calibration_images=64)
+    assert finetune == FinetuneStage(epochs=2, lr=0.5)
+    assert evaluate == EvaluateStage(split="val")
+
+
+def test_methods_are_held_against_the_default_where_it_is_among_them(stages: Stages) -> None:
+    call(f"compare model.pt --methods l2,{CRITERION} --ratio 0.3")
+    assert stages.arguments["against"] == CRITERION
+    call(f"compare model.pt --methods l2,{CRITERION} --ratio 0.3 --against l2")
+    assert stages.arguments["against"] == "l2"
 
 
 @pytest.mark.parametrize("verb", ["rank", "prune"])
@@ -256,7 +276,7 @@ def test_help_lists_every_criterion(verb: str, monkeypatch: pytest.MonkeyPatch) 
 
 def test_compare_takes_every_criterion_where_none_is_named(stages: Stages) -> None:
     assert call("compare model.pt --ratio 0.3").exit_code == 0
-    assert stages.arguments["criteria"] == list(CRITERIA)
+    assert stages.arguments["methods"] == list(CRITERIA)
 
 
 def test_every_option_sets_a_key_that_recipes_have() -> None:
@@ -329,11 +349,9 @@ def test_defaults_in_the_help_are_the_recipes() -> None:
         ("evaluate sepress:se_resnet8 --data digits", "has no pretrained weights"),
         ("evaluate model.pt --split all", "--split: should be 'test', 'val' or 'train'"),
         ("export model.pt --opset 3", "--opset: should be greater than or equal to 18"),
-        (
-            "compare model.pt --criteria l2,magic --ratio 0.3",
-            "--criteria magic: expected any of contribution",
-        ),
-        ("compare model.pt --criteria l2 --ratio 0.3 --seeds a", "--seeds a: expected whole numbers"),
+        ("compare model.pt --methods l2", "exactly one of ratio, target_macs and target_params is needed"),
+        ("compare model.pt --methods l2 --ratio 0.3 --seeds a", "--seeds a: expected whole numbers"),
+        ("compare model.pt --methods l2 --ratio 0.3,b", "--ratio 0.3,b: expected fractions"),
         ("run gone.yaml", "there is no recipe 'gone.yaml'"),
         ("run recipe.yaml --set stages.prune.ratio=2", "--set stages.prune.ratio: should be less than 1"),
         ("run recipe.yaml --require 'top1>2'", "--require: top1 is a fraction"),

@@ -1,29 +1,41 @@
-"""Criteria side by side: one base, one calibration set, one schedule, resumable cells."""
+"""Methods side by side: one calibration set and schedule, paired on the same images, resumable cells."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
+from torch import nn
 
-from sepress import compare as module
+from sepress import console
 from sepress.bundle import make_bundle
-from sepress.compare import Cell, Comparison, Table, compare
+from sepress.compare import BaseFigures, Cell, Comparison, Method, Point, Table, compare, read_method, run
+from sepress.compare.folder import pack, unpack
+from sepress.compare.plot import draw_pareto
+from sepress.compare.table import paired_difference
 from sepress.data import DataSource, DataSpec, open_data
 from sepress.device import seeded
 from sepress.errors import InputError
 from sepress.models import build_net, build_spec
-from sepress.train import evaluate
+from sepress.train import TrainConfig, evaluate
+from sepress.train.evaluate import find_right
 from sepress.types import Bundle, Policy
 
 CPU = torch.device("cpu")
+HALF = Point("target_macs", 0.5)
+SHORT = TrainConfig(epochs=1, lr=0.01, batch_size=64, warmup_epochs=0, ema_decay=None)
 COMPARISON = Comparison(
-    criteria=("contribution", "random"),
+    methods=(Method("contribution"), Method("random")),
+    points=(HALF,),
     seeds=(0, 1),
-    policy=Policy(target_macs=0.5, round_to=4, min_width=4),
+    policy=Policy(round_to=4, min_width=4),
     finetune=None,
     split="val",
     calibration_images=64,
@@ -32,85 +44,370 @@ COMPARISON = Comparison(
 
 
 @pytest.fixture(scope="module")
-def digits() -> tuple[Bundle, DataSource]:
+def bases() -> list[Bundle]:
+    """Two nets that differ in their random weights."""
     kwargs = {"in_chans": 1, "width": 8}
     spec = build_spec("sepress:se_resnet8", num_classes=10, kwargs=kwargs, trained=False)
-    with seeded(0):
-        net = build_net(spec)
-    return make_bundle(net, spec, lineage={}), open_data(DataSpec("digits"), preprocessing=spec.preprocessing)
+    bundles = []
+    for seed in (0, 1):
+        with seeded(seed):
+            bundles.append(make_bundle(build_net(spec), spec, lineage={}))
+    return bundles
 
 
-def test_every_cell_is_measured_at_the_target_and_the_base_is_left_alone(
-    digits: tuple[Bundle, DataSource], tmp_path: Path
+@pytest.fixture(scope="module")
+def digits(bases: list[Bundle]) -> DataSource:
+    return open_data(DataSpec("digits"), preprocessing=bases[0].spec.preprocessing)
+
+
+def figures(cell: Cell) -> Cell:
+    """Without what differs from run to run."""
+    return replace(cell, seconds=0)
+
+
+# ---- methods --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("text", ["l2", "l2+refit", "fisher@global", "l2+refit@isomorphic", "scratch"])
+def test_a_method_is_named_as_it_is_written(text: str) -> None:
+    assert read_method(text).name == text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("magic", "unknown criterion 'magic'"),
+        ("l2+refit+refit", "no method"),
+        ("", "no method"),
+        ("l2@everywhere", "unknown scope 'everywhere'"),
+        ("scratch+refit", "takes no"),
+        ("scratch@global", "takes no"),
+    ],
+)
+def test_what_is_no_method_is_refused_and_how_one_is_written_is_said(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message.replace("+", r"\+")):
+        read_method(text)
+
+
+def test_a_method_needs_what_its_criterion_and_its_refit_need() -> None:
+    assert read_method("l2").needs == {"excitation"}
+    assert read_method("fisher+refit@global").needs == {"excitation", "fisher", "moments"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ()}, "needs methods"),
+        ({"seeds": (0, 0)}, "needs seeds, each once"),
+        ({"points": (Point("target_macs", 1.5),)}, "target_macs is 1.5"),
+        ({"against": Method("l2")}, "l2, which the others are held against, is not compared"),
+        ({"methods": (Method("scratch"),)}, "how a net is trained from scratch is not known"),
+    ],
+)
+def test_a_comparison_that_can_not_be_made_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        replace(COMPARISON, **changes)
+
+
+# ---- the cells ------------------------------------------------------------------------------------
+def test_every_cell_is_measured_at_its_point_and_the_base_is_left_alone(
+    bases: list[Bundle], digits: DataSource, tmp_path: Path
 ) -> None:
-    bundle, source = digits
-    before = {name: value.clone() for name, value in bundle.net.state_dict().items()}
-    table = compare(bundle, source, COMPARISON, out=tmp_path, device=CPU)
-    assert [(cell.criterion, cell.seed) for cell in table.cells] == [
-        ("contribution", 0),
-        ("contribution", 1),
-        ("random", 0),
-        ("random", 1),
+    net = bases[0].net
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    quarter = Point("target_macs", 0.3)
+    table = compare(bases[:1], digits, replace(COMPARISON, points=(HALF, quarter)), out=tmp_path, device=CPU)
+    assert [cell.key for cell in table.cells] == [  # all of the first point first
+        (method, point, seed)
+        for point in (HALF, quarter)
+        for seed in (0, 1)
+        for method in ("contribution", "random")
     ]
-    assert all(0.3 < cell.macs_ratio <= 0.5 and cell.tuned is None for cell in table.cells)
-    assert table.base_top1 == evaluate(bundle.net, source, split="val", device=CPU).top1
-    assert all(torch.equal(value, before[name]) for name, value in bundle.net.state_dict().items())
+    for cell in table.cells:
+        assert 0.6 * cell.value < cell.macs_ratio <= cell.value
+        assert cell.tuned is None
+        assert set(cell.right) == {"recalibrated"}
+        assert unpack(cell.right["recalibrated"], 500).mean() == cell.recalibrated
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert table.bases[0].top1 == evaluate(net, digits, split="val", device=CPU).top1
+    assert replace(table.bases[0], seed=1) == table.bases[1]  # one net for both seeds
     written = json.loads((tmp_path / "compare.json").read_text())
-    assert written["schema"] == "sepress.compare/1"
-    assert written["cells"] == [asdict(cell) for cell in table.cells]
+    assert written["schema"] == "sepress.compare/2"
+    assert [row["recalibrated"] for row in written["rows"]] == [r.mean["recalibrated"] for r in table.rows]
     text = (tmp_path / "compare.md").read_text()
     assert "UNTRAINED" in text
     assert "val (n = 500)" in text
+    assert (tmp_path / "pareto.svg").read_text().count("<svg ") == 1
+
+
+def test_a_cell_does_not_depend_on_the_cells_before_it(
+    bases: list[Bundle], digits: DataSource, tmp_path: Path
+) -> None:
+    many = replace(
+        COMPARISON, methods=(Method("fisher"), Method("l2", refit=True), Method("random")), finetune=SHORT
+    )
+    alone = replace(many, methods=(Method("random"),), seeds=(1,))
+    both = compare(bases, digits, many, out=tmp_path / "many", device=CPU)
+    one = compare(bases[1:], digits, alone, out=tmp_path / "alone", device=CPU)
+    assert figures(one.cells[0]) == figures(both.cells[-1])
 
 
 def test_finished_cells_are_not_run_again_and_a_line_cut_short_is(
-    digits: tuple[Bundle, DataSource], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bases: list[Bundle], digits: DataSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle, source = digits
-    first = compare(bundle, source, replace(COMPARISON, seeds=(0,)), out=tmp_path, device=CPU)
+    first = compare(bases[:1], digits, replace(COMPARISON, seeds=(0,)), out=tmp_path, device=CPU)
     cells = tmp_path / "cells.jsonl"
     cells.write_text(cells.read_text()[:-20])  # as an interruption leaves it
-    run: list[tuple[str, int]] = []
-    plain = module._run_cell
-    monkeypatch.setattr(
-        module,
-        "_run_cell",
-        lambda *a, seed, device: run.append((a[-1], seed)) or plain(*a, seed=seed, device=device),
+    ran: list[tuple[str, int]] = []
+    plain = run.run_cell
+
+    def counted(start: run.Start, bench: run.Bench, method: Method, point: Point) -> Cell:
+        ran.append((method.name, start.seed))
+        return plain(start, bench, method, point)
+
+    monkeypatch.setattr(run, "run_cell", counted)
+    grown = compare(bases[:1], digits, COMPARISON, out=tmp_path, device=CPU)
+    assert ran == [("random", 0), ("contribution", 1), ("random", 1)]
+    again = {cell.key: figures(cell) for cell in grown.cells}
+    assert all(again[cell.key] == figures(cell) for cell in first.cells)
+    other = replace(COMPARISON, methods=(Method("l2"),), points=(Point("target_macs", 0.7),), seeds=(0,))
+    wider = compare(bases[:1], digits, other, out=tmp_path, device=CPU)
+    assert ran[3:] == [("l2", 0)]
+    assert len(wider.cells) == 5  # the table holds the whole folder
+    assert {row.method for row in wider.rows} == {"l2", "contribution", "random"}
+
+
+def test_evidence_is_measured_once_a_seed_for_all_that_is_missing(
+    bases: list[Bundle], digits: DataSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[frozenset[str]] = []
+    plain = run.calibrate
+
+    def counted(*args: Any, evidence: frozenset[str], **rest: Any) -> Any:
+        asked.append(evidence)
+        return plain(*args, evidence=evidence, **rest)
+
+    monkeypatch.setattr(run, "calibrate", counted)
+    methods = (Method("contribution"), Method("fisher"), Method("l2"))
+    comparison = replace(COMPARISON, methods=methods, points=(HALF, Point("target_macs", 0.7)))
+    compare(bases, digits, comparison, out=tmp_path, device=CPU)
+    assert asked == [{"excitation", "contribution", "fisher"}] * 2
+
+
+def test_each_seed_starts_from_its_own_base_where_there_is_one(
+    bases: list[Bundle], digits: DataSource, tmp_path: Path
+) -> None:
+    table = compare(bases, digits, COMPARISON, out=tmp_path, device=CPU)
+    assert len({base.weights for base in table.bases}) == 2
+    drops = [base.top1 - cell.recalibrated for base, cell in zip(table.bases, table.cells[::2], strict=True)]
+    row = next(row for row in table.rows if row.method == "contribution")
+    assert row.drop == pytest.approx(sum(drops) / 2)
+    with pytest.raises(InputError, match="another base for seed 0"):
+        compare(bases[::-1], digits, COMPARISON, out=tmp_path, device=CPU)
+    with pytest.raises(InputError, match="2 models and 3 seeds"):
+        compare(bases, digits, replace(COMPARISON, seeds=(0, 1, 2)), out=tmp_path, device=CPU)
+    spec = build_spec("sepress:se_resnet8", num_classes=10, kwargs={"in_chans": 1}, trained=False)
+    wider = make_bundle(build_net(spec), spec, lineage={})
+    with pytest.raises(InputError, match="not of one architecture"):
+        compare([bases[0], wider], digits, COMPARISON, out=tmp_path / "other", device=CPU)
+
+
+def test_scratch_trains_the_uniform_net_from_weights_of_its_own(
+    bases: list[Bundle], digits: DataSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainings: list[dict[str, Any]] = []
+    plain = run.train
+
+    def watched(*args: Any, **rest: Any) -> Any:
+        trainings.append(rest)
+        return plain(*args, **rest)
+
+    monkeypatch.setattr(run, "train", watched)
+    comparison = replace(
+        COMPARISON,
+        methods=(Method("l2"), Method("scratch")),
+        seeds=(3,),
+        finetune=SHORT,
+        scratch=replace(SHORT, epochs=2),
     )
-    grown = compare(bundle, source, COMPARISON, out=tmp_path, device=CPU)
-    assert run == [("random", 0), ("contribution", 1), ("random", 1)]
-    again = {(c.criterion, c.seed): replace(c, seconds=0) for c in grown.cells}
-    for cell in first.cells:
-        assert again[cell.criterion, cell.seed] == replace(cell, seconds=0)
+    table = compare(bases[:1], digits, comparison, out=tmp_path, device=CPU)
+    l2, scratch = table.cells
+    assert (scratch.one_shot, scratch.recalibrated, set(scratch.right)) == (None, None, {"tuned"})
+    assert scratch.macs_ratio == l2.macs_ratio
+    assert [training["config"].epochs for training in trainings] == [1, 2]
+    assert [training["config"].seed for training in trainings] == [3, 3]
+    assert [training["teacher"] is None for training in trainings] == [False, True]
+    assert not list(tmp_path.glob("*.checkpoint"))
+    later = replace(comparison, methods=(Method("l2"),), scratch=None)
+    assert len(compare(bases[:1], digits, later, out=tmp_path, device=CPU).cells) == 2
+
+
+def test_drawing_first_weights_again_leaves_nothing_of_the_old_ones(bases: list[Bundle]) -> None:
+    net = build_net(bases[0].spec)
+    with torch.no_grad():
+        for value in (*net.parameters(), *net.buffers()):
+            value.fill_(7)
+    with seeded(0):
+        run.reset_parameters(net)
+    assert not any((value == 7).any() for value in net.state_dict().values())
+    convolution = net.stages[1][0].conv1.weight  # (16, 8, 3, 3), Kaiming over its outputs
+    assert convolution.std().item() == pytest.approx(math.sqrt(2 / (16 * 9)), rel=0.1)
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(1))
+
+    with pytest.raises(InputError, match="1 can't draw gain again"):
+        run.reset_parameters(nn.Sequential(nn.Linear(2, 2), Scaled()))
+
+
+def test_the_time_is_estimated_before_the_first_cell_and_after_each(
+    bases: list[Bundle], digits: DataSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(console, "log", lines.append)
+    compare(bases[:1], digits, replace(COMPARISON, finetune=SHORT), out=tmp_path, device=CPU)
+    assert lines[1].startswith("about ")
+    assert lines[1].endswith(" for 4 cells")
+    told = [line for line in lines if line.startswith("[")]
+    assert [line[:6] for line in told] == ["[1/4] ", "[2/4] ", "[3/4] ", "[4/4] "]
+    assert "contribution, MACs 0.5, seed 0: one-shot " in told[0]
+    assert "tuned" in told[0]
+    assert told[3].endswith("about 0 s to go)")
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(42, "42 s"), (100, "2 min"), (12_000, "3 h 20 min")])
+def test_durations_are_said_as_a_person_says_them(seconds: float, text: str) -> None:
+    assert run.duration(seconds) == text
 
 
 def test_other_settings_other_files_and_a_file_in_place_of_the_folder_are_refused(
-    digits: tuple[Bundle, DataSource], tmp_path: Path
+    bases: list[Bundle], digits: DataSource, tmp_path: Path
 ) -> None:
-    bundle, source = digits
-    one = replace(COMPARISON, criteria=("random",), seeds=(0,))
-    compare(bundle, source, one, out=tmp_path / "run", device=CPU)
-    with pytest.raises(InputError, match="other settings"):
-        compare(bundle, source, replace(one, calibration_images=32), out=tmp_path / "run", device=CPU)
+    one = replace(COMPARISON, methods=(Method("random"),), seeds=(0,), finetune=SHORT)
+    compare(bases[:1], digits, one, out=tmp_path / "run", device=CPU)
+    same = replace(one, workers=1, finetune=replace(SHORT, seed=5, workers=1))
+    assert len(compare(bases[:1], digits, same, out=tmp_path / "run", device=CPU).cells) == 1
+    for changes, named in (
+        ({"calibration_images": 32}, "calibration_images"),
+        ({"policy": Policy(round_to=2, min_width=4)}, r"policy\.round_to"),
+        ({"finetune": replace(SHORT, lr=0.5)}, r"finetune\.lr"),
+        ({"finetune": None}, "finetune"),
+    ):
+        with pytest.raises(InputError, match=f"another {named}$|another {named}\n"):
+            compare(bases[:1], digits, replace(one, **changes), out=tmp_path / "run", device=CPU)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="other files"):
-        compare(bundle, source, one, out=tmp_path / "other", device=CPU)
+        compare(bases[:1], digits, one, out=tmp_path / "other", device=CPU)
     with pytest.raises(InputError, match="can't be used"):
-        compare(bundle, source, one, out=tmp_path / "other" / "notes.txt", device=CPU)
+        compare(bases[:1], digits, one, out=tmp_path / "other" / "notes.txt", device=CPU)
+
+
+# ---- the table ------------------------------------------------------------------------------------
+def test_images_survive_packing() -> None:
+    right = np.random.default_rng(0).random(1003) < 0.6
+    assert (unpack(pack(right), 1003) == right).all()
+    assert pack(np.array([True, False, False])) == "gA=="  # 0b1000_0000
+
+
+def test_the_images_a_net_is_right_on_give_its_accuracy(bases: list[Bundle], digits: DataSource) -> None:
+    right = find_right(bases[0].net, digits, split="val", device=CPU, batch_size=37)
+    assert right.mean() == evaluate(bases[0].net, digits, split="val", device=CPU).top1
+
+
+def test_a_paired_difference_of_one_seed_is_mcnemars() -> None:
+    """20 images: 6 right with ours only, 1 with theirs only; by hand."""
+    ours, theirs = np.zeros(20, dtype=bool), np.zeros(20, dtype=bool)
+    ours[:6] = theirs[6] = True
+    ours[10:15] = theirs[10:15] = True
+    found = paired_difference({0: (ours, theirs)})
+    assert found.mean == pytest.approx(5 / 20)
+    assert found.se_seeds is None
+    assert found.se == pytest.approx(math.sqrt(7 - 25 / 20) / 20)  # the sd of (1, -1, 0) over sqrt(n)
+    assert found.mcnemar == {0: pytest.approx(2 * (1 + 7) / 2**7)}  # 7 tosses, one or none
+    assert found.mcnemar[0] == pytest.approx(binomtest(1, 7).pvalue)
+    assert found.sign == 1
+    assert paired_difference({0: (ours, ours)}).mcnemar == {0: 1.0}
+    assert paired_difference({0: (ours, ours)}).sign == 0
+
+
+def test_a_paired_difference_over_seeds_takes_the_larger_of_two_errors() -> None:
+    def seed(gain: int) -> tuple[np.ndarray, np.ndarray]:
+        ours, theirs = np.zeros(1000, dtype=bool), np.zeros(1000, dtype=bool)
+        ours[:gain] = True
+        return ours, theirs
+
+    apart = paired_difference({0: seed(10), 1: seed(50), 2: seed(90)})
+    assert apart.mean == pytest.approx(0.05)
+    assert apart.se == apart.se_seeds == pytest.approx(0.04 / math.sqrt(3))
+    alike = paired_difference({0: seed(50), 1: seed(50), 2: seed(50)})
+    assert alike.se_seeds == 0
+    assert alike.se == alike.se_images == pytest.approx(math.sqrt((50 - 2.5) / 1000**2 / 3))
+    assert (apart.sign, alike.sign) == (1, 1)
+
+
+def table_of(values: dict[str, tuple[float, ...]], **changes: Any) -> Table:
+    """Cells of 1,000 images, the first of which are right; top-1 after the fine-tune 10 points above."""
+
+    def right(top1: float) -> str:
+        return pack(np.arange(1000) < round(1000 * top1))
+
+    cells = tuple(
+        Cell(
+            method=method,
+            target="target_macs",
+            value=0.5,
+            seed=seed,
+            macs_ratio=0.49,
+            params_ratio=0.6,
+            one_shot=0.1,
+            recalibrated=top1,
+            tuned=top1 + 0.1,
+            right={"recalibrated": right(top1), "tuned": right(top1 + 0.1)},
+            seconds=1,
+        )
+        for method, tops in values.items()
+        for seed, top1 in enumerate(tops)
+    )
+    bases = tuple(BaseFigures(seed, f"w{seed}", 10**6, 10**5, right(0.9), 1000) for seed in (0, 1))
+    comparison = replace(COMPARISON, methods=tuple(map(read_method, values)), finetune=SHORT, **changes)
+    return Table(comparison, "sepress:x", True, bases, cells, {"cpu": "a processor"})
 
 
 def test_rows_hold_means_and_sample_deviations_and_the_best_comes_first() -> None:
-    cells = tuple(
-        Cell(criterion, seed, one_shot=0.1, recalibrated=top1, tuned=top1 + 0.1, macs_ratio=0.5, seconds=1)
-        for criterion, values in (("random", (0.4, 0.5)), ("contribution", (0.6, 0.8)))
-        for seed, top1 in enumerate(values)
-    )
-    comparison = replace(COMPARISON, criteria=("random", "contribution"))
-    table = Table(comparison, "sepress:x", True, 0.9, 10**6, 1000, cells, {"cpu": "a processor"})
-    best, worst = table.rows()
-    assert (best["criterion"], worst["criterion"]) == ("contribution", "random")
-    assert best["recalibrated"] == pytest.approx(0.7)
-    assert best["recalibrated_std"] == pytest.approx(0.1414, abs=1e-4)
-    assert worst["tuned"] == pytest.approx(0.55)
-    assert "| contribution | 0.500 | 10.00 ± 0.00 | 70.00 ± 14.14 | 80.00 ± 14.14 |" in table.to_markdown()
+    table = table_of({"random": (0.4, 0.5), "contribution": (0.6, 0.8)})
+    best, worst = table.rows
+    assert (best.method, worst.method) == ("contribution", "random")
+    assert best.mean["recalibrated"] == pytest.approx(0.7)
+    assert best.std["recalibrated"] == pytest.approx(0.1414, abs=1e-4)
+    assert worst.mean["tuned"] == pytest.approx(0.55)
+    assert worst.drop == pytest.approx(0.35)  # 0.9 - 0.5 and 0.9 - 0.6
+    difference = best.against["tuned"]  # 20 and 30 points above random
+    assert difference.mean == pytest.approx(0.25)
+    assert difference.se == pytest.approx(0.05)  # sd 0.0707 over sqrt(2)
+    assert not worst.against
+    text = table.to_markdown()
+    assert (
+        "| contribution | 0.490 | 10.00 ± 0.00 | 70.00 ± 14.14 | +25.00 ± 5.00 ▲ "
+        "| 80.00 ± 14.14 | +25.00 ± 5.00 ▲ | 10.00 |"
+    ) in text
+    assert "| base | 1.000 |  |  |  | 90.00 ± 0.00 |  |  |" in text
+    assert "difference from random" in text
+
+
+def test_a_method_that_lacks_a_seed_says_which_it_has_and_is_paired_over_those() -> None:
+    table = table_of({"contribution": (0.6, 0.8), "random": (0.4,)})
+    row = table.rows[-1]
+    assert row.against["recalibrated"].mean == pytest.approx(-0.2)  # seed 0 alone
+    assert "| random (seeds 0) |" in table.to_markdown()
+
+
+def test_the_picture_of_a_table_is_the_same_each_time(tmp_path: Path) -> None:
+    table = table_of({"random": (0.4, 0.5), "contribution": (0.6, 0.8)})
+    for name in ("a.svg", "b.svg"):
+        draw_pareto(table, tmp_path / name)
+    text = (tmp_path / "a.svg").read_text()
+    assert text == (tmp_path / "b.svg").read_text()
+    for word in ("random", "contribution", "base", "BN recalibrated", "fine-tuned", "sepress:x"):
+        assert word in text
+    assert "dc:date" not in text

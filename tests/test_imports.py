@@ -20,6 +20,7 @@ LAYERS = [
 ]
 HEAVY = {
     "torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "scipy", "numpy", "PIL", "mlxtend",
+    "matplotlib",
 }
 LIGHT = [
     "errors", "defaults", "types", "console", "files", "device", "safe_yaml", "constraints", "schedule",

@@ -1,0 +1,258 @@
+"""The facts of a comparison, and the folder in which finished cells are kept.
+
+    settings.json   what all cells share; another comparison is refused
+    bases.jsonl     a line a seed: the base it starts from
+    cells.jsonl     a line a cell: method, point and seed, and what they gave
+
+Methods, points and seeds may be added to the same folder; an interruption loses the cell it meets.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args
+
+import numpy as np
+
+from sepress.compare.methods import Method
+from sepress.defaults import BATCH_SIZE, CALIBRATION_IMAGES, RECALIBRATION_IMAGES
+from sepress.errors import InputError
+from sepress.files import write_json, write_text
+from sepress.plan import check_policy
+from sepress.schedule import TrainConfig
+from sepress.types import JSON, Policy
+
+SCHEMA = "sepress.compare/2"
+Target = Literal["ratio", "target_macs", "target_params"]
+_WORDS = {"ratio": "ratio", "target_macs": "MACs", "target_params": "params"}
+
+
+class Point(NamedTuple):
+    """An operating point: one of a policy's targets, and its value."""
+
+    target: Target
+    value: float
+
+    def __str__(self) -> str:
+        return f"{_WORDS[self.target]} {self.value:g}"
+
+    def policy(self, common: Policy) -> Policy:
+        """The policy with this target."""
+        target: dict[str, Any] = {self.target: self.value}
+        return replace(common, **target)
+
+
+def split_policy(policy: Policy) -> tuple[Point, Policy]:
+    """A policy's operating point, and what is left of it without one."""
+    point = next(
+        Point(name, value) for name in get_args(Target) if (value := getattr(policy, name)) is not None
+    )
+    return point, replace(policy, ratio=None, target_macs=None, target_params=None)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared with what; everything that a cell's figures depend on.
+
+    A seed draws the calibration set, a random ranking and the order of the fine-tune; with a base net for
+    each seed, its base too.
+    """
+
+    methods: tuple[Method, ...]
+    points: tuple[Point, ...]  # the most wanted first
+    seeds: tuple[int, ...]
+    policy: Policy  # without a target: each point has its own
+    finetune: TrainConfig | None  # None: no fine-tuning
+    scratch: TrainConfig | None = None  # of the method 'scratch': all the training that others had
+    against: Method | None = None  # what the others are compared with in pairs; None: the first method
+    split: str = "test"
+    calibration_images: int = CALIBRATION_IMAGES
+    recalibration_images: int = RECALIBRATION_IMAGES
+    batch_size: int = BATCH_SIZE
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        for what in ("methods", "points", "seeds"):
+            named = getattr(self, what)
+            if not named or len(set(named)) < len(named):
+                raise InputError(f"a comparison needs {what}, each once")
+        for point in self.points:
+            check_policy(point.policy(self.policy))
+        if self.against is not None and self.against not in self.methods:
+            raise InputError(
+                f"{self.against.name}, which the others are held against, is not compared",
+                remedy=f"Choose one of: {', '.join(method.name for method in self.methods)}.",
+            )
+        if self.scratch is None and any(method.from_scratch for method in self.methods):
+            raise InputError("how a net is trained from scratch is not known", remedy="Leave 'scratch' out.")
+
+    @property
+    def reference(self) -> str:
+        """The name of the method that the others are compared with."""
+        return (self.against or self.methods[0]).name
+
+    def settings(self) -> dict[str, JSON]:
+        """What all cells share, as plain values; seeds and what changes no result are left out."""
+        grows = {"methods", "points", "seeds", "against", "workers"}
+        values = {name: value for name, value in asdict(self).items() if name not in grows}
+        for name in ("finetune", "scratch"):
+            if values[name] is not None:
+                values[name] = {k: v for k, v in values[name].items() if k not in ("seed", "workers")}
+        plain: dict[str, JSON] = json.loads(json.dumps(values))  # tuples as a file gives them back
+        return plain
+
+
+@dataclass(frozen=True)
+class BaseFigures:
+    """The net that a seed's cells start from."""
+
+    seed: int
+    weights: str  # digest
+    macs: int
+    params: int
+    right: str  # the images it is right on, packed
+    n: int  # how many images the split has
+
+    @property
+    def top1(self) -> float:
+        return float(unpack(self.right, self.n).mean())
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one method gave at one point for one seed; a phase that a method does not have is None.
+
+    `right` holds the images of the split that the net is right on, after 'recalibrated' and 'tuned', as
+    `pack` writes them: two methods can be compared image by image.
+    """
+
+    method: str
+    target: Target
+    value: float
+    seed: int
+    macs_ratio: float
+    params_ratio: float
+    one_shot: float | None
+    recalibrated: float | None
+    tuned: float | None
+    right: Mapping[str, str] = field(repr=False)
+    seconds: float
+
+    @property
+    def point(self) -> Point:
+        return Point(self.target, self.value)
+
+    @property
+    def key(self) -> tuple[str, Point, int]:
+        return self.method, self.point, self.seed
+
+
+def pack(right: np.ndarray) -> str:
+    """Booleans (n,) as base64 text of their bits, the first in the highest bit of the first byte."""
+    return base64.b64encode(np.packbits(right).tobytes()).decode("ascii")
+
+
+def unpack(text: str, n: int) -> np.ndarray:
+    """The (n,) booleans that `pack` wrote."""
+    bits = np.frombuffer(base64.b64decode(text), dtype=np.uint8)
+    return np.unpackbits(bits, count=n).astype(bool)
+
+
+# ---- the folder -----------------------------------------------------------------------------------
+Row = TypeVar("Row", BaseFigures, Cell)
+
+
+class Rows(Generic[Row]):
+    """A file of one kind of fact, a JSON line each, which grows."""
+
+    def __init__(self, path: Path, kind: type[Row]) -> None:
+        """Read it; a last line cut short by an interruption is taken away."""
+        self.path = path
+        self.rows: list[Row] = []
+        if not path.exists():
+            return
+        lines = path.read_text(encoding="utf-8").split("\n")
+        if lines[-1]:
+            write_text(path, "".join(line + "\n" for line in lines[:-1]))
+        try:
+            self.rows = [kind(**json.loads(line)) for line in lines[:-1]]
+        except (ValueError, TypeError) as error:
+            raise InputError(
+                f"{path} is damaged: {error}", remedy="Delete the line, or the folder."
+            ) from error
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(row)) + "\n")
+
+
+class CompareFolder:
+    """The folder of one comparison, made or opened again."""
+
+    def __init__(self, path: Path, comparison: Comparison, *, data: str) -> None:
+        """InputError where it holds another comparison, or other files; `data` is the images' fingerprint."""
+        self.path = path
+        given = {"schema": SCHEMA, "data": data, **comparison.settings()}
+        marker = path / "settings.json"
+        try:
+            if marker.exists():
+                given = _agreed(json.loads(marker.read_text(encoding="utf-8")), given, path)
+            elif path.exists() and any(path.iterdir()):
+                raise InputError(f"{path} holds other files", remedy="Choose another folder with --out.")
+            write_json(marker, given)
+            self.bases = Rows(path / "bases.jsonl", BaseFigures)
+            self.cells = Rows(path / "cells.jsonl", Cell)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(
+                f"the folder {path} can't be used: {reason}", remedy="Choose another with --out."
+            ) from error
+
+    def check_base(self, seed: int, weights: str) -> bool:
+        """Whether this seed's base was measured before; InputError where that was another one."""
+        known = next((base for base in self.bases.rows if base.seed == seed), None)
+        if known is not None and known.weights != weights:
+            raise InputError(
+                f"{self.path} holds cells of another base for seed {seed}",
+                remedy="Pass the same models and seeds in the same order, or choose another --out.",
+            )
+        return known is not None
+
+
+def _agreed(held: Any, given: dict[str, JSON], path: Path) -> dict[str, JSON]:
+    """The settings of both; InputError where they differ.
+
+    A setting that the file does not have is younger than it: its cells were made as the default makes them.
+    How nets are trained from scratch may come later, since it touches no other cell.
+    """
+    if not isinstance(held, dict):
+        raise InputError(f"{path / 'settings.json'} is damaged", remedy="Choose another with --out.")
+    if held.get("scratch") is None or given["scratch"] is None:
+        both = held.get("scratch") or given["scratch"]
+        held, given = held | {"scratch": both}, given | {"scratch": both}
+    if different := list(_differences(held, given)):
+        raise InputError(
+            f"{path} holds a comparison of another {' and another '.join(different)}",
+            remedy="Choose another with --out; only methods, points and seeds may be added to the same one.",
+        )
+    return given
+
+
+def _differences(held: dict[str, JSON], given: dict[str, JSON]) -> list[str]:
+    """The settings, and those within a group of settings, that both have and that are not equal."""
+    found = []
+    for name in sorted(held.keys() & given.keys()):
+        a, b = held[name], given[name]
+        if name in _GROUPS and isinstance(a, dict) and isinstance(b, dict):
+            found += [f"{name}.{key}" for key in sorted(a.keys() & b.keys()) if a[key] != b[key]]
+        elif a != b:
+            found.append(name)
+    return found
+
+
+_GROUPS = ("policy", "finetune", "scratch")
