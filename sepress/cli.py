@@ -215,6 +215,26 @@ class PlanOptions(OptionGroup):
     ] = None
 
 
+class ScheduleOptions(OptionGroup):
+    panel = "Plan"
+    section = "stage"
+
+    within: Annotated[
+        str | None,
+        typer.Option(
+            "--within",
+            metavar="CONSTRAINT",
+            help="Find the smallest net that holds this on validation, such as 'top1_drop<=0.01'.",
+        ),
+    ] = None
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="Prune in so many steps, ranking anew before each.")
+    ] = None
+    step_epochs: Annotated[
+        int | None, typer.Option("--step-epochs", help="Epochs of fine-tuning between steps.")
+    ] = None
+
+
 class SurgeryOptions(OptionGroup):
     panel = "Plan"
     section = "stage"
@@ -645,6 +665,8 @@ def rank(
 @_command(
     "sepress prune --ratio 0.3 model.pt",
     "sepress prune model.pt --target-macs 0.5 --finetune-epochs 3 --require 'top1_drop<=0.01'",
+    "sepress prune model.pt --within 'top1_drop<=0.01' --finetune-epochs 3",
+    "sepress prune model.pt --target-macs 0.3 --steps 3 --step-epochs 1 --finetune-epochs 3",
     "sepress prune weights.pth --arch timm:mobilenetv3_large_100 --data photos/ --ratio 0.3 --dry-run",
     "sepress prune model.pt --plan model-pruned/plan.json --json",
 )
@@ -655,6 +677,7 @@ def prune(
     calibration: CalibrationOptions,
     target: TargetOptions,
     plan: PlanOptions,
+    schedule: ScheduleOptions,
     surgery: SurgeryOptions,
     checks: CheckOptions,
     run: RunOptions,
@@ -671,14 +694,19 @@ def prune(
         raise InputError(
             "--dry-run makes a plan, and --plan gives one", remedy="Leave out one of the two; see plan.json."
         )
+    if dry_run and (schedule.within or schedule.steps):
+        raise InputError(
+            "--dry-run makes no net, and --within and --steps plan by those they make",
+            remedy="Leave out --dry-run, or plan for a --target-macs.",
+        )
     if dry_run and require:
         raise InputError(
             "--require needs a pruned model, and --dry-run makes none",
             remedy="Leave out --dry-run, or --require.",
         )
     draft = Draft().add(model, data, run)
-    draft.stage("prune", criterion, calibration, target, plan, surgery, checks)
-    draft.marks["stages", 0, "prune"] = "--ratio, --target-macs, --target-params, --plan"
+    draft.stage("prune", criterion, calibration, target, plan, schedule, surgery, checks)
+    draft.marks["stages", 0, "prune"] = "--ratio, --target-macs, --target-params, --within, --plan"
     if finetune_epochs:
         draft.stage("finetune", epochs=finetune_epochs)
     draft.stage("evaluate").stage("export", checks)

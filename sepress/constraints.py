@@ -190,6 +190,19 @@ METRICS: dict[str, Metric] = {
 }
 
 
+# What accuracy on one split tells of a net, and the operators by which a larger net holds it more easily.
+_LESS: tuple[Op, ...] = ("<=", "<")
+_MORE: tuple[Op, ...] = (">=", ">")
+HELD: Mapping[str, tuple[Op, ...]] = {
+    "top1_drop": _LESS,
+    "top5_drop": _LESS,
+    "worst_class_drop": _LESS,
+    "loss_rise": _LESS,
+    "top1": _MORE,
+    "top5": _MORE,
+}
+
+
 # ---- the type and its grammar -------------------------------------------------------------------
 @dataclass(frozen=True)
 class Constraint:
@@ -246,6 +259,23 @@ def parse_constraint(text: str) -> Constraint:
         raise _syntax(text, value.start(2), f"a plain number, since {name[1]} is no fraction")
     number = Decimal(value[1]) / 100 if value[2] else Decimal(value[1])
     return Constraint(name[1], cast(Op, op[1]), float(number))
+
+
+def parse_held(text: str) -> Constraint:
+    """Read a constraint within which a smaller net can be searched; InputError where it makes no sense."""
+    constraint = parse_constraint(text)
+    operators = HELD.get(constraint.metric)
+    if operators is None:
+        raise InputError(
+            f"{constraint.metric} can't be held by a search: it is not told by accuracy on validation",
+            remedy=f"Hold one of {', '.join(HELD)}, such as top1_drop<=0.01; or require it of the result.",
+        )
+    if constraint.op not in operators:
+        raise InputError(
+            f"{constraint} is no limit that a smaller net comes to: expected {constraint.metric} "
+            f"{' or '.join(operators)} a value"
+        )
+    return constraint
 
 
 def _syntax(text: str, position: int, expected: str) -> InputError:

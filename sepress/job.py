@@ -101,6 +101,10 @@ class Job:
                 what = _TRAINING[stage.kind]
             elif stage.kind in ("rank", "prune") and get_criterion(stage.criterion).needs & NEEDS_LABELS:
                 what = f"the criterion {stage.criterion}"
+            elif stage.kind == "prune" and stage.within is not None:
+                what = f"a search within {stage.within}"
+            elif stage.kind == "prune" and stage.step_epochs:
+                what = "fine-tuning between steps"
             else:
                 continue
             raise InputError(

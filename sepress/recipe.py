@@ -34,7 +34,7 @@ from pydantic import (
 )
 
 from sepress import defaults
-from sepress.constraints import parse_constraint
+from sepress.constraints import parse_constraint, parse_held
 from sepress.errors import InputError
 from sepress.models import check_kwargs, parse_reference
 from sepress.safe_yaml import Document, Fault, KeyPath, Marks, dump_yaml, read_text, read_yaml
@@ -75,6 +75,12 @@ def _read_classes(value: object) -> object:
 def _check_constraint(text: str) -> str:
     with _as_value_error():
         parse_constraint(text)
+    return text
+
+
+def _check_held(text: str) -> str:
+    with _as_value_error():
+        parse_held(text)
     return text
 
 
@@ -230,6 +236,9 @@ class PruneStage(_Settings):
     ratio: Share | None = None  # of the prunable channels, removed
     target_macs: Share | None = None  # of the base's, kept
     target_params: Share | None = None  # of the base's, kept
+    within: Annotated[str, AfterValidator(_check_held)] | None = None  # the smallest net that holds this
+    steps: Count = 1  # each on a net ranked anew, and recalibrated
+    step_epochs: Annotated[int, Field(ge=0)] = 0  # of fine-tuning between steps
     scope: Scope = Policy.scope
     round_to: Count = Policy.round_to
     min_width: Count = Policy.min_width
@@ -243,17 +252,21 @@ class PruneStage(_Settings):
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:
-        targets = [
-            name for name in ("ratio", "target_macs", "target_params") if getattr(self, name) is not None
-        ]
+        targets = [name for name in _TARGETS if getattr(self, name) is not None]
         if self.plan is None and len(targets) != 1:
             given = " and ".join(targets) if targets else "none"
-            raise ValueError(f"exactly one of ratio, target_macs and target_params is needed, given: {given}")
+            raise ValueError(
+                f"exactly one of ratio, target_macs, target_params and within is needed, given: {given}"
+            )
         if self.plan is not None:
             idle = [name for name in _PLANNING if name in self.model_fields_set]
             idle = [name for name in idle if getattr(self, name) is not None]  # null takes a target back
             if idle:
                 raise ValueError(f"a plan says what is removed: it takes no {', '.join(idle)}")
+        if self.steps > 1 and (self.ratio or self.within or self.overrides):
+            raise ValueError("steps lead to target_macs or target_params: they take no ratios, and no within")
+        if self.steps == 1 and self.step_epochs:
+            raise ValueError("step_epochs lie between steps: set steps to 2 or more")
         return self
 
     @model_serializer(mode="wrap")
@@ -264,7 +277,9 @@ class PruneStage(_Settings):
         return {name: value for name, value in values.items() if name not in void}
 
 
-_PLANNING = ("criterion", *(field.name for field in fields(Policy)))  # read while a plan is made only
+_TARGETS = ("ratio", "target_macs", "target_params", "within")
+# read while a plan is made only
+_PLANNING = ("criterion", *(field.name for field in fields(Policy)), "within", "steps", "step_epochs")
 
 
 class EvaluateStage(_Settings):

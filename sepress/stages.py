@@ -23,6 +23,7 @@ from sepress.bundle import new_folder
 from sepress.calibrate import ExcitationStats, calibrate
 from sepress.compare import Comparison, Point, Table, compare, read_method, split_policy
 from sepress.coupling import Coupling
+from sepress.cutting import cut, cut_in_steps, cut_within, judge
 from sepress.data import DataSource
 from sepress.defaults import CALIBRATION_IMAGES
 from sepress.device import resolve_device, seeded
@@ -42,7 +43,7 @@ from sepress.job import (
 )
 from sepress.models import build_net
 from sepress.plan import check_plan, plan_from_json, plan_pruning, plan_to_json
-from sepress.pruning import CHECK_IMAGES, group_rows, limited, prune_channels, rank_channels
+from sepress.pruning import group_rows
 from sepress.recipe import EvaluateStage, Recipe, TrainStage, check_inputs, effective_yaml, recipe_digest
 from sepress.report import report_to_json, report_to_markdown
 from sepress.runfolder import RunFolder, StageRecord
@@ -55,7 +56,6 @@ from sepress.train import (
     decisions,
     evaluate,
     polarisation_notes,
-    recalibrate_batchnorm,
     train,
 )
 from sepress.types import JSON, Bundle, Check, PruningPlan, Ranking, Report
@@ -112,7 +112,8 @@ def polarise_stage(job: Job, settings: Any) -> StageRecord:
 
 def rank_stage(job: Job, settings: Any) -> StageRecord:
     coupling = job.coupling()
-    ranking, stats = _rank(job, coupling, settings.criterion, settings.calibration_images)
+    judged = judge(job, job.newest.net, coupling, settings.criterion, settings.calibration_images)
+    ranking, stats = judged.ranking, judged.stats
     write_json(job.folder.file("ranking.json"), _ranking_json(job, ranking))
     facts = {
         "groups": [asdict(row) for row in group_rows(coupling, ranking, None)],
@@ -129,19 +130,17 @@ def prune_stage(job: Job, settings: Any) -> StageRecord:
     coupling = job.coupling()
     given = None if settings.plan is None else _read_plan(Path(settings.plan), coupling)
     criterion = settings.criterion if given is None else "mean-excitation"  # a plan was judged before
-    ranking, stats = _rank(job, coupling, criterion, settings.calibration_images)
+    judged = judge(job, parent.net, coupling, criterion, settings.calibration_images)
     if given is not None:
-        ranking = replace(ranking, criterion=given.criterion, scores={}, evidence=given.evidence)
-    surgery = prune_channels(
-        parent.net,
-        coupling,
-        ranking,
-        given or policy_of(settings),
-        images=job.images(CHECK_IMAGES),
-        allow_vacuous=settings.allow_vacuous,
-    )
-    images = settings.recalibration_images
-    recalibrate_batchnorm(surgery.net, limited(job.calibration(images), images), device=job.device)
+        known = replace(judged.ranking, criterion=given.criterion, scores={}, evidence=given.evidence)
+        judged = replace(judged, ranking=known)
+    if settings.within is not None:
+        surgery = cut_within(job, settings, judged)
+    elif settings.steps > 1:
+        surgery = cut_in_steps(job, settings, judged)
+    else:
+        surgery = cut(job, settings, judged, given or policy_of(settings))
+    ranking, stats, images = judged.ranking, judged.stats, settings.recalibration_images
     plan = plan_to_json(surgery.plan)
     write_json(job.folder.file("plan.json"), plan)
     lineage = {**parent.lineage, "plans": [*parent.lineage.get("plans", ()), plan], "base": job.origin()}
@@ -382,8 +381,13 @@ def _dry_run(job: Job) -> Outcome:
     if settings is None or job.recipe.stages[0].kind in ("train", "polarise"):
         raise InputError("there is no trained model to plan for", remedy="Train first; plan on its file.")
     coupling = job.coupling()
-    ranking, _ = _rank(job, coupling, settings.criterion, settings.calibration_images)
-    plan = plan_pruning(ranking, coupling, policy=policy_of(settings))
+    if settings.within is not None or settings.steps > 1:
+        raise InputError(
+            "a dry run makes no net, and 'within' and 'steps' plan by those they make",
+            remedy="Plan for a target_macs.",
+        )
+    judged = judge(job, job.newest.net, coupling, settings.criterion, settings.calibration_images)
+    plan = plan_pruning(judged.ranking, coupling, policy=policy_of(settings))
     if not job.spec.trained:
         plan = replace(plan, notes=("UNTRAINED: the net has random weights", *plan.notes))
     write_json(job.folder.file("plan.json"), plan_to_json(plan))
@@ -391,18 +395,6 @@ def _dry_run(job: Job) -> Outcome:
 
 
 # ---- what several stages share --------------------------------------------------------------------
-def _rank(job: Job, coupling: Coupling, criterion: str, images: int) -> tuple[Ranking, ExcitationStats]:
-    return rank_channels(
-        job.newest.net,
-        coupling,
-        job.calibration(images),
-        criterion=criterion,
-        device=job.device,
-        seed=job.recipe.seed,
-        data_id=job.source.fingerprint,
-    )
-
-
 def _train(
     job: Job,
     settings: Any,

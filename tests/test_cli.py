@@ -213,6 +213,14 @@ def test_checks_that_can_not_tell_are_accepted_by_every_stage_that_checks(stages
     assert pruning.stages[-1] == exporting.stages[0] == ExportStage(allow_vacuous=True)
 
 
+def test_prune_searches_within_a_constraint_or_goes_in_steps(stages: Stages) -> None:
+    assert call("prune model.pt --within 'top1_drop<=1%'").exit_code == 0
+    assert call("prune model.pt --target-macs 0.3 --steps 3 --step-epochs 1").exit_code == 0
+    searching, stepping = stages.recipes
+    assert searching.stages[0] == PruneStage(within="top1_drop<=1%")
+    assert stepping.stages[0] == PruneStage(target_macs=0.3, steps=3, step_epochs=1)
+
+
 def test_polarise_is_a_stage_of_its_own(stages: Stages) -> None:
     line = "polarise model.pt --epochs 2 --strength 0.3 --open-share 0.6 --lr 0.01 --data photos"
     assert call(line).exit_code == 0
@@ -306,7 +314,7 @@ def test_defaults_in_the_help_are_the_recipes() -> None:
         ("prune gone.pt --ratio 0.3", "there is no model file gone.pt"),
         ("prune seresnet50 --ratio 0.3", "timm:seresnet50"),
         ("prune timm:seresnet50 --ratio 0.3", "Pass --data"),
-        ("prune model.pt", "--ratio, --target-macs, --target-params, --plan: exactly one of"),
+        ("prune model.pt", "--target-params, --within, --plan: exactly one of"),
         ("prune model.pt --ratio 0.3 --target-macs 0.5", "given: ratio and target_macs"),
         ("prune model.pt --ratio 3", "--ratio: should be less than 1, not 3.0"),
         ("prune model.pt --ratio nan", "--ratio: should be a finite number"),
@@ -342,6 +350,9 @@ def test_defaults_in_the_help_are_the_recipes() -> None:
             "prune model.pt --plan model-pruned/plan.json --dry-run",
             "--dry-run makes a plan, and --plan gives",
         ),
+        ("prune model.pt --within latency_ms<5", "--within: latency_ms can't be held by a search"),
+        ("prune model.pt --within 'top1>=0.9' --dry-run", "--dry-run makes no net"),
+        ("prune model.pt --target-macs 0.3 --steps 2 --dry-run", "--dry-run makes no net"),
         ("prune model.pt --ratio 0.3 --dry-run --require 'top1>=0.9'", "--require needs a pruned model"),
         ("train model.pt --data digits", "training starts from random weights: model.pt is a model file"),
         ("train sepress:se_resnet8", "training needs data"),
@@ -349,7 +360,10 @@ def test_defaults_in_the_help_are_the_recipes() -> None:
         ("evaluate sepress:se_resnet8 --data digits", "has no pretrained weights"),
         ("evaluate model.pt --split all", "--split: should be 'test', 'val' or 'train'"),
         ("export model.pt --opset 3", "--opset: should be greater than or equal to 18"),
-        ("compare model.pt --methods l2", "exactly one of ratio, target_macs and target_params is needed"),
+        (
+            "compare model.pt --methods l2",
+            "exactly one of ratio, target_macs, target_params and within is needed",
+        ),
         ("compare model.pt --methods l2 --ratio 0.3 --seeds a", "--seeds a: expected whole numbers"),
         ("compare model.pt --methods l2 --ratio 0.3,b", "--ratio 0.3,b: expected fractions"),
         ("run gone.yaml", "there is no recipe 'gone.yaml'"),

@@ -26,6 +26,7 @@ from sepress.plan import (
     plan_from_json,
     plan_pruning,
     plan_to_json,
+    smallest_macs,
 )
 from sepress.plan.structure import classes, structure
 from sepress.types import CouplingGroup, Member, Policy, PruningPlan, Ranking
@@ -199,6 +200,19 @@ def test_no_group_goes_below_min_width_and_the_note_says_so() -> None:
     result = plan(net, ratio=0.5, min_width=48)
     assert result.widths_after == {"a": 48, "b": 120}  # a gives 16, so b gives 136, not 128: 160 less a step
     assert any("min_width 48" in note and "a (64)" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("scope", ["per-group", "global"])
+def test_the_smallest_net_is_the_least_target_that_can_be_reached(scope: str) -> None:
+    net = chain(group("a", 64), group("b", 32))
+    policy = Policy(target_macs=0.5, scope=scope)  # type: ignore[arg-type]
+    smallest = smallest_macs(ranking(net), net, policy=policy)
+    least = smallest / net.count_macs({})
+    plan = plan_pruning(ranking(net), net, policy=replace(policy, target_macs=1.001 * least))
+    assert plan.macs_after == smallest
+    assert plan.widths_after == ({"a": 8, "b": 8} if scope == "per-group" else {"a": 16, "b": 8})
+    with pytest.raises(InputError, match="can't be reached"):
+        plan_pruning(ranking(net), net, policy=replace(policy, target_macs=0.99 * least))
 
 
 def test_narrow_groups_are_listed_with_their_step() -> None:

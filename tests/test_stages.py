@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from sepress import pruning, stages
+from sepress import cutting, pruning, stages
 from sepress.bundle import load_bundle
 from sepress.errors import CheckError, InputError
 from sepress.recipe import Recipe
@@ -441,3 +441,70 @@ def test_polarising_needs_labels_and_gates(model: Path, tmp_path: Path) -> None:
     unlabelled = recipe(POLARISE, model={"source": str(model)}, data={"path": str(folder)}, device="cpu")
     with pytest.raises(InputError, match="polarising needs labels"):
         stages.run_recipe(unlabelled, out=tmp_path / "labels")
+
+
+SMALL_STEPS = {"round_to": 4, "min_width": 4, "calibration_images": 64}
+
+
+def test_a_search_within_a_constraint_prunes_to_what_holds_after_the_recipes_fine_tune(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranked = []
+    plain = cutting.rank_channels
+    monkeypatch.setattr(cutting, "rank_channels", lambda *a, **n: ranked.append(1) or plain(*a, **n))
+    within = {"prune": {"within": "top1_drop<=0.05", **SMALL_STEPS}}
+    tune = {"finetune": {"epochs": 1, "lr": 0.02, "warmup_epochs": 0.1}}
+    what = recipe(within, tune, {"evaluate": {"split": "val"}}, model={"source": str(model)}, device="cpu")
+    outcome = stages.run_recipe(what, out=tmp_path / "run")
+    base, pruned, tuned = outcome.report.measurements
+    assert len(ranked) == 1
+    assert tuned.top1 >= base.top1 - 0.05
+    assert pruned.macs < base.macs
+    plan = json.loads((outcome.folder / "plan.json").read_text())
+    assert plan["notes"][0] in outcome.report.notes
+    held = f"keeps {pruned.macs / base.macs:.1%} of the MACs; shares tried, each fine-tuned for 1 epoch: "
+    assert held in plan["notes"][0]
+
+
+def test_a_constraint_that_no_smaller_net_holds_leaves_no_folder(model: Path, tmp_path: Path) -> None:
+    within = {"prune": {"within": "top1>=0.999", **SMALL_STEPS}}
+    with pytest.raises(InputError, match=r"no smaller net was found that holds top1>=0\.999.* reached top1 "):
+        stages.run_recipe(recipe(within, model={"source": str(model)}, device="cpu"), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_pruning_in_steps_ranks_anew_and_its_plan_is_of_the_net_that_was_given(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teachers: list[Any] = []
+    plain = cutting.train
+    monkeypatch.setattr(
+        cutting, "train", lambda *args, **named: teachers.append(named["teacher"]) or plain(*args, **named)
+    )
+    in_steps = {"prune": {"target_macs": 0.4, "steps": 2, "step_epochs": 1, **SMALL_STEPS}}
+    outcome = stages.run_recipe(
+        recipe(in_steps, model={"source": str(model)}, device="cpu"), out=tmp_path / "run"
+    )
+    (teacher,) = teachers  # between the two
+    weights = load_bundle(model).net.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in teacher.state_dict().items())
+    base, pruned = outcome.report.measurements
+    plan = json.loads((outcome.folder / "plan.json").read_text())
+    assert pruned.macs == plan["macs_after"] <= 0.4 * base.macs
+    assert "pruned in 2 steps" in plan["notes"][0]
+    assert outcome.report.checks["masked_equals_removed"].passed is True
+    again = recipe(
+        {"prune": {"plan": str(outcome.folder / "plan.json")}}, model={"source": str(model)}, device="cpu"
+    )
+    applied = stages.run_recipe(again, out=tmp_path / "again")
+    shapes = load_bundle(applied.folder / "pruned.pt").layout.shapes
+    assert shapes == load_bundle(outcome.folder / "pruned.pt").layout.shapes
+
+
+@pytest.mark.parametrize("schedule", [{"within": "top1_drop<=0.01"}, {"target_macs": 0.4, "steps": 2}])
+def test_a_dry_run_is_refused_where_a_plan_depends_on_nets_that_are_made(
+    model: Path, tmp_path: Path, schedule: dict[str, Any]
+) -> None:
+    what = recipe({"prune": schedule}, model={"source": str(model)}, device="cpu")
+    with pytest.raises(InputError, match="a dry run makes no net"):
+        stages.run_recipe(what, out=tmp_path / "run", dry_run=True)

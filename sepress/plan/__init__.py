@@ -25,7 +25,7 @@ steps allow. Of two units with equal scores the lower index goes first.
 from __future__ import annotations
 
 from sepress.plan.files import SCHEMA, plan_from_json, plan_to_json
-from sepress.plan.planning import PlanRow, check_plan, format_plan, plan_pruning
+from sepress.plan.planning import PlanRow, check_plan, format_plan, plan_pruning, smallest_macs
 from sepress.plan.policy import GLOBAL_LIMIT, SCOPES, Countable, check_policy
 
 __all__ = [
@@ -40,4 +40,5 @@ __all__ = [
     "plan_from_json",
     "plan_pruning",
     "plan_to_json",
+    "smallest_macs",
 ]

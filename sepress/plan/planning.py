@@ -7,7 +7,7 @@ from typing import NamedTuple, cast
 
 from sepress.errors import InputError
 from sepress.plan.cuts import cut_to_ratio, cut_to_size
-from sepress.plan.ladders import build_ladder, removal
+from sepress.plan.ladders import Ladder, build_ladder, removal
 from sepress.plan.notes import ladder_notes, ratio_note, why_nothing
 from sepress.plan.policy import GLOBAL_LIMIT, Countable, candidates, check_policy, own_ratios
 from sepress.plan.schedules import build_schedule
@@ -23,15 +23,7 @@ def plan_pruning(ranking: Ranking, coupling: Countable, *, policy: Policy) -> Pr
     a policy that can't be met (saying what is reachable), a pattern that matches nothing, a ranking of
     another net, a ranking without costs under the knapsack scope, and a plan that would remove nothing.
     """
-    check_policy(policy)
-    _check_ranking(ranking, coupling)
-    groups, notes = candidates(coupling, policy)
-    ratios = own_ratios(groups, coupling, policy)
-    own = [build_ladder(group, ranking, policy, Fraction(1)) for group in groups if group.name in ratios]
-    limit = Fraction(1) if policy.scope == "per-group" else GLOBAL_LIMIT
-    free = [build_ladder(group, ranking, policy, limit) for group in groups if group.name not in ratios]
-
-    fixed = removal(own, [ladder.steps_at(ratios[ladder.name]) for ladder in own])
+    own, fixed, free, notes = _ladders(ranking, coupling, policy)
     schedule = build_schedule(free, ranking, coupling, policy)
     if policy.ratio is not None:
         removed = {**fixed, **cut_to_ratio(free, schedule, policy)}
@@ -63,6 +55,27 @@ def plan_pruning(ranking: Ranking, coupling: Countable, *, policy: Policy) -> Pr
         params_after=coupling.count_params(removed),
         notes=(*ratio_note(free, removed, policy), *notes, *ladder_notes([*own, *free], removed, policy)),
     )
+
+
+def smallest_macs(ranking: Ranking, coupling: Countable, *, policy: Policy) -> int:
+    """The MACs of the smallest net that the policy allows, whatever its target; InputErrors as above."""
+    _, fixed, free, _ = _ladders(ranking, coupling, policy)
+    return coupling.count_macs({**fixed, **removal(free, [len(ladder.sizes()) for ladder in free])})
+
+
+def _ladders(
+    ranking: Ranking, coupling: Countable, policy: Policy
+) -> tuple[list[Ladder], dict[str, tuple[int, ...]], list[Ladder], list[str]]:
+    """The groups with a ratio of their own and what it removes of them, the others, and notes on the rest."""
+    check_policy(policy)
+    _check_ranking(ranking, coupling)
+    groups, notes = candidates(coupling, policy)
+    ratios = own_ratios(groups, coupling, policy)
+    own = [build_ladder(group, ranking, policy, Fraction(1)) for group in groups if group.name in ratios]
+    limit = Fraction(1) if policy.scope == "per-group" else GLOBAL_LIMIT
+    free = [build_ladder(group, ranking, policy, limit) for group in groups if group.name not in ratios]
+    fixed = removal(own, [ladder.steps_at(ratios[ladder.name]) for ladder in own])
+    return own, fixed, free, notes
 
 
 def check_plan(plan: PruningPlan, coupling: Countable) -> None:

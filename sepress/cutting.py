@@ -1,0 +1,146 @@
+"""The three ways in which a prune stage comes to its net: one cut, a search within a constraint, steps."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from sepress import console
+from sepress.constraints import ConstraintResult, parse_constraint
+from sepress.constraints import evaluate as hold
+from sepress.coupling import Coupling, trace
+from sepress.errors import InputError
+from sepress.job import Job, batch_size, policy_of, train_config, workers
+from sepress.plan import plan_pruning, smallest_macs
+from sepress.pruning import (
+    CHECK_IMAGES,
+    Surgery,
+    limited,
+    not_measured,
+    prune_channels,
+    rank_channels,
+)
+from sepress.recipe import FinetuneStage
+from sepress.search import search_note, smallest_within
+from sepress.steps import Judged, prune_in_steps
+from sepress.train import evaluate, recalibrate_batchnorm, train
+from sepress.types import Measurement, Policy, PruningPlan
+
+
+def judge(job: Job, net: nn.Module, coupling: Coupling, criterion: str, images: int) -> Judged:
+    """Score the net's channels on calibration images."""
+    ranking, stats = rank_channels(
+        net,
+        coupling,
+        job.calibration(images),
+        criterion=criterion,
+        device=job.device,
+        seed=job.recipe.seed,
+        data_id=job.source.fingerprint,
+    )
+    return Judged(net, coupling, ranking, stats)
+
+
+def cut(job: Job, settings: Any, judged: Judged, how: Policy | PruningPlan) -> Surgery:
+    """Plan, cut, check, and re-estimate batch norm."""
+    surgery = prune_channels(
+        judged.net,
+        judged.coupling,
+        judged.ranking,
+        how,
+        images=job.images(CHECK_IMAGES),
+        allow_vacuous=settings.allow_vacuous,
+    )
+    images = settings.recalibration_images
+    recalibrate_batchnorm(surgery.net, limited(job.calibration(images), images), device=job.device)
+    return surgery
+
+
+def cut_within(job: Job, settings: Any, judged: Judged) -> Surgery:
+    """Find the smallest net that holds the stage's constraint on validation, fine-tuned as the recipe says.
+
+    Channels are ranked once; every probe is cut from the same net.
+    """
+    constraint = parse_constraint(settings.within)
+    policy = policy_of(settings)
+    tuning = next((stage for stage in job.recipe.stages if stage.kind == "finetune"), None)
+    base = _on_validation(job, job.bundle("base").net, "base")
+    if base.top1 is None:
+        raise InputError(
+            f"accuracy on validation can't be measured: {base.reasons['top1']}",
+            remedy="Pass labelled data; without a val split, one is cut from train.",
+        )
+
+    def of_share(share: float) -> Policy:
+        return replace(policy, target_macs=share)
+
+    def plan(share: float) -> PruningPlan:
+        return plan_pruning(judged.ranking, judged.coupling, policy=of_share(share))
+
+    def attempt(share: float) -> tuple[Surgery, ConstraintResult]:
+        surgery = cut(job, settings, judged, of_share(share))
+        net = surgery.net
+        if tuning is not None:
+            net = copy.deepcopy(net)
+            _tune(job, net, tuning)
+        return surgery, hold(constraint, [base, _on_validation(job, net, "pruned")])
+
+    whole = judged.coupling.count_macs({})
+    least = smallest_macs(judged.ranking, judged.coupling, policy=of_share(0.5)) / whole
+    found = smallest_within(constraint, least=least, plan=plan, attempt=attempt)
+    note = search_note(
+        constraint, found, images=base.n or 0, tuned_epochs=0 if tuning is None else tuning.epochs
+    )
+    console.log(note)
+    plan_found = found.surgery.plan
+    return replace(found.surgery, plan=replace(plan_found, notes=(note, *plan_found.notes)))
+
+
+def cut_in_steps(job: Job, settings: Any, judged: Judged) -> Surgery:
+    """Prune in the stage's steps; between them, fine-tune for its epochs, and judge the channels anew."""
+    stage = next((stage for stage in job.recipe.stages if stage.kind == "finetune"), FinetuneStage())
+    example = job.images(1)
+
+    def recover(net: nn.Module) -> Judged:
+        if settings.step_epochs:
+            _tune(job, net, stage, epochs=settings.step_epochs)
+        with console.working("tracing"):
+            coupling = trace(net, example)
+        return judge(job, net, coupling, settings.criterion, settings.calibration_images)
+
+    return prune_in_steps(
+        judged,
+        policy_of(settings),
+        steps=settings.steps,
+        cut=lambda here, policy: cut(job, settings, here, policy),
+        recover=recover,
+    )
+
+
+def _tune(job: Job, net: nn.Module, stage: Any, *, epochs: int | None = None) -> None:
+    """Train a pruned net on in place, as the recipe's fine-tune would, taught by the base."""
+    config = train_config(job.recipe, stage)
+    if epochs is not None:
+        config = replace(config, epochs=epochs, warmup_epochs=min(config.warmup_epochs, epochs / 2))
+    teacher = job.bundle("base").net if config.distill_weight > 0 else None
+    with console.quiet():
+        train(net, job.source, config=config, device=job.device, teacher=teacher)
+
+
+def _on_validation(job: Job, net: nn.Module, label: str) -> Measurement:
+    accuracy = evaluate(
+        net,
+        job.source,
+        split="val",
+        device=job.device,
+        batch_size=batch_size(job.recipe),
+        workers=workers(job.recipe),
+    )
+    figures = dataclasses.asdict(accuracy)
+    reason = figures.pop("reason")
+    missing = dict.fromkeys(figures, reason or "not measured")
+    return not_measured(label, missing, **figures)
