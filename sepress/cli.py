@@ -892,6 +892,27 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+@_command(
+    "sepress benchmark recipes/benchmark.yaml --set data.path=photos/",
+    "sepress benchmark benchmark --set data.path=photos/ --set 'seeds=[0]' --out runs/mine",
+)
+def benchmark(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A YAML file, or a packaged name.")],
+    settings: Settings = None,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train nets from several seeds and compare methods on them; goes on where it stopped."""
+    with _stdout_kept():
+        from sepress.benchmark import load_benchmark, run_benchmark
+
+        tables = run_benchmark(load_benchmark(file, settings or ()), out=out)
+    if as_json:
+        _print_json({name: table.to_json() for name, table in tables.items()})
+    else:
+        _write("\n".join(f"## {name}\n\n{table.to_markdown()}" for name, table in tables.items()))
+
+
 def _numbers(text: str, flag: str, kind: type[Any], expected: str) -> list[Any]:
     try:
         return [kind(part) for part in text.split(",")]

@@ -100,6 +100,15 @@ class Stages:
 
     def compare_model(self, recipe: Recipe, **arguments: Any) -> Any:
         self.recipes.append(recipe)
+        return self._table(arguments)
+
+    def load_benchmark(self, name: str, overrides: list[str]) -> Any:
+        return name, list(overrides)
+
+    def run_benchmark(self, loaded: Any, *, out: Path | None) -> Any:
+        return {"net": self._table({"loaded": loaded, "out": out})}
+
+    def _table(self, arguments: dict[str, Any]) -> Any:
         self.arguments = arguments
         return SimpleNamespace(to_json=lambda: {"rows": []}, to_markdown=lambda: "| criterion |\n")
 
@@ -130,6 +139,9 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stages:
         setattr(module, name, getattr(fake, name))
     monkeypatch.setitem(sys.modules, "sepress.stages", module)
     monkeypatch.setattr(sepress, "stages", module, raising=False)
+    benchmark: Any = ModuleType("sepress.benchmark")
+    benchmark.load_benchmark, benchmark.run_benchmark = fake.load_benchmark, fake.run_benchmark
+    monkeypatch.setitem(sys.modules, "sepress.benchmark", benchmark)
     return fake
 
 
@@ -153,7 +165,7 @@ def test_every_example_of_the_help_is_understood(line: str, stages: Stages) -> N
     done = call(line.removeprefix("sepress "))
     assert done.exit_code == 0, done.output
     assert done.stdout
-    assert stages.recipes or "report" in line
+    assert stages.recipes or stages.arguments or "report" in line
 
 
 def test_prune_is_a_recipe_of_stages(stages: Stages) -> None:
@@ -285,6 +297,13 @@ def test_help_lists_every_criterion(verb: str, monkeypatch: pytest.MonkeyPatch) 
 def test_compare_takes_every_criterion_where_none_is_named(stages: Stages) -> None:
     assert call("compare model.pt --ratio 0.3").exit_code == 0
     assert stages.arguments["methods"] == list(CRITERIA)
+
+
+def test_benchmark_takes_a_file_settings_and_a_folder_and_prints_every_table(stages: Stages) -> None:
+    line = "benchmark mine.yaml --set 'seeds=[0]' --set split=val --out there"
+    assert call(line).stdout == "## net\n\n| criterion |\n"
+    assert stages.arguments == {"loaded": ("mine.yaml", ["seeds=[0]", "split=val"]), "out": Path("there")}
+    assert json.loads(call(line + " --json").stdout) == {"net": {"rows": []}}
 
 
 def test_every_option_sets_a_key_that_recipes_have() -> None:

@@ -16,7 +16,7 @@ LAYERS = [
     "errors", "defaults", "types", "console", "files", "device", "safe_yaml", "constraints", "schedule",
     "modes", "digests", "models", "data", "coupling",
     "gates", "baselines", "calibrate", "criteria", "plan", "train", "measure", "bundle", "export", "report",
-    "pruning", "search", "steps", "inspection", "compare", "recipe", "runfolder", "job", "cutting", "summary", "stages", "cli",
+    "pruning", "search", "steps", "inspection", "compare", "recipe", "runfolder", "job", "cutting", "summary", "stages", "benchmark", "cli",
 ]
 HEAVY = {
     "torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "scipy", "numpy", "PIL", "mlxtend",

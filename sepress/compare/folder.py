@@ -82,11 +82,6 @@ class Comparison:
                 raise InputError(f"a comparison needs {what}, each once")
         for point in self.points:
             check_policy(point.policy(self.policy))
-        if self.against is not None and self.against not in self.methods:
-            raise InputError(
-                f"{self.against.name}, which the others are held against, is not compared",
-                remedy=f"Choose one of: {', '.join(method.name for method in self.methods)}.",
-            )
         if self.scratch is None and any(method.from_scratch for method in self.methods):
             raise InputError("how a net is trained from scratch is not known", remedy="Leave 'scratch' out.")
 
@@ -205,6 +200,7 @@ class CompareFolder:
             elif path.exists() and any(path.iterdir()):
                 raise InputError(f"{path} holds other files", remedy="Choose another folder with --out.")
             write_json(marker, given)
+            self.settings = given
             self.bases = Rows(path / "bases.jsonl", BaseFigures)
             self.cells = Rows(path / "cells.jsonl", Cell)
         except (OSError, ValueError) as error:

@@ -98,6 +98,7 @@ def compare(
         raise InputError(f"comparing needs labels: {source.labels_reason}", remedy="Pass --classes FILE.")
     bases = _match(bundles, comparison.seeds)
     folder = CompareFolder(out, comparison, data=source.fingerprint)
+    comparison = _completed(comparison, folder)
     bench = Bench(source, comparison, device, out)
     _measure_bases(folder, bases, bench)
     done = {cell.key for cell in folder.cells.rows}
@@ -130,6 +131,19 @@ def compare(
         draw_pareto(table, temporary)
     console.log(f"written to {out}")
     return table
+
+
+def _completed(comparison: Comparison, folder: CompareFolder) -> Comparison:
+    """With what earlier calls settled for the whole folder; InputError without anything to test against."""
+    known = {*(method.name for method in comparison.methods), *(cell.method for cell in folder.cells.rows)}
+    if comparison.reference not in known:
+        raise InputError(
+            f"{comparison.reference}, which the others are held against, is not compared",
+            remedy=f"Choose one of: {', '.join(sorted(known))}.",
+        )
+    if comparison.scratch is None and folder.settings["scratch"] is not None:
+        return replace(comparison, scratch=TrainConfig(**folder.settings["scratch"]))
+    return comparison
 
 
 # ---- bases ----------------------------------------------------------------------------------------

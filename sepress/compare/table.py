@@ -113,8 +113,10 @@ class Table:
 
     @property
     def points(self) -> tuple[Point, ...]:
-        """The comparison's in its order, then what the folder holds beside them."""
-        return tuple(dict.fromkeys((*self.comparison.points, *(cell.point for cell in self.cells))))
+        """All that the folder holds, from the largest share to the smallest."""
+        return tuple(
+            sorted({cell.point for cell in self.cells}, key=lambda point: (point.target, -point.value))
+        )
 
     @property
     def methods(self) -> tuple[str, ...]:
