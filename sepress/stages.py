@@ -313,6 +313,11 @@ def compare_model(
     source = _common_source(recipe, bundles)
     stage: dict[str, Any] = {stage.kind: stage for stage in recipe.stages}
     settings, evaluation = stage["prune"], stage.get("evaluate", EvaluateStage())
+    if settings.within is not None or settings.steps > 1:
+        raise InputError(
+            "a comparison cuts each net once, to a given size: it takes no 'within' and no 'steps'",
+            remedy="Name a target_macs.",
+        )
     point, policy = split_policy(policy_of(settings))
     chosen = tuple(read_method(text) for text in methods)
     finetune = train_config(recipe, stage["finetune"]) if "finetune" in stage else None

@@ -30,7 +30,7 @@ from sepress.recipe import (
 )
 from sepress.safe_yaml import MAX_BYTES, dump_yaml, read_yaml
 
-RECIPES = sorted({*packaged_recipes().glob("*.yaml")} - {packaged_recipes() / "benchmark.yaml"})
+RECIPES = sorted(packaged_recipes().glob("*.yaml"))
 SMALL = "model: timm:seresnet50\ndata: photos\nstages:\n  - prune: {ratio: 0.3}\n  - evaluate\n"
 
 
@@ -271,7 +271,7 @@ require: [top1<=2, top1_drop<=0.01]
         "  mine.yaml:5: data.batch_size: should be greater than or equal to 2, not 0",
         "  mine.yaml:5: data.pth: unknown key (did you mean 'path'?)",
         "  mine.yaml:7: stages.0.train.epoch: unknown key (did you mean 'epochs'?)",
-        "  mine.yaml:8: stages.1.prune: exactly one of ratio, target_macs, target_params and within is needed",
+        "  mine.yaml:8: stages.1.prune: exactly one of ratio, target_macs, target_params, within is needed",
         "  mine.yaml:9: stages.2: unknown stage 'evaluat' (did you mean 'evaluate'?)",
         "  mine.yaml:10: stages.3.export.opset: should be greater than or equal to 18, not 3",
         "  mine.yaml:11: require.0: top1 is a fraction between 0 and 1, and 2 lies outside",

@@ -501,6 +501,12 @@ def test_pruning_in_steps_ranks_anew_and_its_plan_is_of_the_net_that_was_given(
     assert shapes == load_bundle(outcome.folder / "pruned.pt").layout.shapes
 
 
+def test_a_comparison_takes_no_schedule(model: Path) -> None:
+    what = recipe({"prune": {"target_macs": 0.5, "steps": 2}}, model={"source": str(model)}, device="cpu")
+    with pytest.raises(InputError, match="no 'within' and no 'steps'"):
+        stages.compare_model(what, methods=["l2"], seeds=[0])
+
+
 @pytest.mark.parametrize("schedule", [{"within": "top1_drop<=0.01"}, {"target_macs": 0.4, "steps": 2}])
 def test_a_dry_run_is_refused_where_a_plan_depends_on_nets_that_are_made(
     model: Path, tmp_path: Path, schedule: dict[str, Any]
