@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -46,7 +46,9 @@ HELP = "Every key is explained in recipes/README.md."
 
 
 # ---- settings -----------------------------------------------------------------------------------
-class _Settings(BaseModel):
+class Settings(BaseModel):
+    """Frozen and checked; a key that is not known is a fault."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -123,7 +125,7 @@ def _read_figures(value: object) -> object:
     return [value] if isinstance(value, int | float) else value
 
 
-class DataConfig(_Settings):
+class DataConfig(Settings):
     """Images: their source, how they are split, and how they are fed."""
 
     # 'digits', 'torchvision:NAME', or a folder; None: what the model file was trained on, read as set here
@@ -149,7 +151,7 @@ class DataConfig(_Settings):
         return {name: value for name, value in values.items() if name in given}
 
 
-class ModelConfig(_Settings):
+class ModelConfig(Settings):
     """A model file, or the name of an architecture; a foreign model's preprocessing."""
 
     source: Annotated[
@@ -166,7 +168,7 @@ class ModelConfig(_Settings):
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None = None
 
 
-class _Training(_Settings):
+class _Training(Settings):
     """What a recipe may choose of `TrainConfig`, where the defaults and their reasons stand."""
 
     epochs: Count
@@ -218,7 +220,7 @@ class PolariseStage(_Training):
     open_share: Share = 0.5  # of each gate's channels, driven to 1; the others to 0
 
 
-class RankStage(_Settings):
+class RankStage(Settings):
     """Score every channel."""
 
     kind: Literal["rank"] = "rank"
@@ -226,7 +228,7 @@ class RankStage(_Settings):
     calibration_images: Count = defaults.CALIBRATION_IMAGES
 
 
-class PruneStage(_Settings):
+class PruneStage(Settings):
     """Rank, plan, remove, check, re-estimate batch norm."""
 
     kind: Literal["prune"] = "prune"
@@ -280,14 +282,14 @@ _TARGETS = ("ratio", "target_macs", "target_params", "within")
 _PLANNING = ("criterion", *(field.name for field in fields(Policy)), "within", "steps", "step_epochs")
 
 
-class EvaluateStage(_Settings):
+class EvaluateStage(Settings):
     """Measure accuracy."""
 
     kind: Literal["evaluate"] = "evaluate"
     split: Literal["test", "val", "train"] = "test"
 
 
-class ExportStage(_Settings):
+class ExportStage(Settings):
     """Write ONNX, hold it to the net on real images, and time it."""
 
     kind: Literal["export"] = "export"
@@ -297,7 +299,7 @@ class ExportStage(_Settings):
     allow_vacuous: bool = False  # accept a check that can't tell
 
 
-STAGES: Mapping[str, type[_Settings]] = {
+STAGES: Mapping[str, type[Settings]] = {
     "train": TrainStage,
     "polarise": PolariseStage,
     "rank": RankStage,
@@ -335,7 +337,7 @@ Stage = Annotated[
 ]
 
 
-class Recipe(_Settings):
+class Recipe(Settings):
     """A whole run: a model, images, and the list of stages that work on them."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
@@ -397,35 +399,50 @@ def recipe_digest(recipe: Recipe) -> str:
 
 
 # ---- values -> Recipe ---------------------------------------------------------------------------
+Chosen = TypeVar("Chosen", bound=Settings)
+
+
 def build_recipe(
     values: Mapping[str, JSON], marks: Marks, *, faults: Sequence[Fault] = (), remedy: str = HELP
 ) -> Recipe:
     """Validate plain values; InputError lists every fault, each with where it was written and its key."""
+    return build_settings(Recipe, values, marks, faults=faults, remedy=remedy)
+
+
+def build_settings(
+    kind: type[Chosen],
+    values: Mapping[str, JSON],
+    marks: Marks,
+    *,
+    faults: Sequence[Fault] = (),
+    remedy: str = HELP,
+) -> Chosen:
+    """As `build_recipe`, for settings of any kind."""
     found = list(faults)
     try:
-        recipe = Recipe.model_validate(values)
+        settings = kind.model_validate(values)
     except ValidationError as error:
-        found += [_fault(e, marks) for e in error.errors()]
+        found += [_fault(e, marks, kind) for e in error.errors()]
     if not found:
-        return recipe
+        return settings
     lines = [str(fault) for fault in found]
     summary = lines if len(lines) == 1 else [f"{len(lines)} errors:", *lines]
     raise InputError("\n  ".join(summary), remedy=remedy)
 
 
-def _fault(error: Mapping[str, Any], marks: Marks) -> Fault:
+def _fault(error: Mapping[str, Any], marks: Marks, settings: type[Settings]) -> Fault:
     """Where the key, or else the nearest part that holds it, was written, and what is wrong with it."""
     path: KeyPath = error["loc"]
     nearest = next((path[:n] for n in range(len(path), -1, -1) if path[:n] in marks), None)
     mark = None if nearest is None else marks[nearest]
     named = nearest == path and not str(mark).rpartition(":")[2].isdecimal()  # an option says which key
-    return Fault(mark, () if named else path, _explain(error))
+    return Fault(mark, () if named else path, _explain(error, settings))
 
 
-def _explain(error: Mapping[str, Any]) -> str:
+def _explain(error: Mapping[str, Any], settings: type[Settings]) -> str:
     kind, path, given = error["type"], error["loc"], error["input"]
     if kind == "extra_forbidden":
-        known = _known_keys(path[:-1])
+        known = _known_keys(settings, path[:-1])
         return f"unknown key{_near(str(path[-1]), known)}; known: {', '.join(known)}"
     if kind == "missing":
         return "this key is required"
@@ -441,13 +458,25 @@ def _explain(error: Mapping[str, Any]) -> str:
     return message if isinstance(given, Mapping | list | tuple) else f"{message}, not {given!r}"
 
 
-def _known_keys(path: KeyPath) -> list[str]:
+def _known_keys(settings: type[Settings], path: KeyPath) -> list[str]:
     """The keys that the settings at a path take."""
-    if len(path) == 3:  # ("stages", position, kind)
-        return [name for name in STAGES[str(path[2])].model_fields if name != "kind"]
-    if path:
-        return [*(DataConfig if path[0] == "data" else ModelConfig).model_fields]
-    return [*Recipe.model_fields, "extends"]
+    found = [settings]
+    for key in path:
+        stage = [kind for kind in found if (f := kind.model_fields.get("kind")) and f.default == key]
+        if stage:
+            found = stage
+        elif isinstance(key, str):
+            found = [inner for kind in found for inner in _settings_in(kind.model_fields[key].annotation)]
+    names = [name for kind in found for name in kind.model_fields if name != "kind"]
+    return names if path or settings is not Recipe else [*names, "extends"]
+
+
+def _settings_in(annotation: Any) -> Iterator[type[Settings]]:
+    """The settings that an annotation names, however deep."""
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _settings_in(part)
 
 
 def _near(name: str, known: Iterable[str]) -> str:

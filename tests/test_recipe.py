@@ -30,7 +30,7 @@ from sepress.recipe import (
 )
 from sepress.safe_yaml import MAX_BYTES, dump_yaml, read_yaml
 
-RECIPES = sorted(packaged_recipes().glob("*.yaml"))
+RECIPES = sorted({*packaged_recipes().glob("*.yaml")} - {packaged_recipes() / "benchmark.yaml"})
 SMALL = "model: timm:seresnet50\ndata: photos\nstages:\n  - prune: {ratio: 0.3}\n  - evaluate\n"
 
 
