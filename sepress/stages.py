@@ -309,6 +309,7 @@ def compare_model(
     """
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
+    chosen = tuple(read_method(text) for text in methods)
     bundles = [load_base(_with_model(recipe, source)) for source in (recipe.model.source, *models)]
     source = _common_source(recipe, bundles)
     stage: dict[str, Any] = {stage.kind: stage for stage in recipe.stages}
@@ -319,7 +320,6 @@ def compare_model(
             remedy="Name a target_macs.",
         )
     point, policy = split_policy(policy_of(settings))
-    chosen = tuple(read_method(text) for text in methods)
     finetune = train_config(recipe, stage["finetune"]) if "finetune" in stage else None
     from_scratch = any(method.from_scratch for method in chosen)
     comparison = Comparison(

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 from scipy.stats import binomtest
 from torch import nn
 
-from sepress import console
+from sepress import console, stages
 from sepress.bundle import make_bundle
 from sepress.compare import BaseFigures, Cell, Comparison, Method, Point, Table, compare, read_method, run
 from sepress.compare.folder import pack, unpack
@@ -25,6 +26,7 @@ from sepress.data import DataSource, DataSpec, open_data
 from sepress.device import seeded
 from sepress.errors import InputError
 from sepress.models import build_net, build_spec
+from sepress.recipe import Recipe, build_recipe
 from sepress.train import TrainConfig, evaluate
 from sepress.train.evaluate import find_right
 from sepress.types import Bundle, Policy
@@ -118,6 +120,30 @@ def test_a_method_needs_what_its_criterion_and_its_refit_need() -> None:
 def test_a_comparison_that_can_not_be_made_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         replace(COMPARISON, **changes)
+
+
+def test_methods_are_read_before_anything_is_loaded() -> None:
+    recipe = load_recipe_of("gone.pt")
+    with pytest.raises(InputError, match="unknown criterion 'magic'"):
+        stages.compare_model(recipe, methods=["magic"], seeds=[0])
+
+
+def test_scratch_needs_a_base_whose_training_is_known() -> None:
+    recipe = load_recipe_of("sepress:se_resnet8", random_weights=True, kwargs={"in_chans": 1})
+    with pytest.raises(InputError, match="how the base was trained is not known"):
+        stages.compare_model(recipe, methods=["l2", "scratch"], seeds=[0])
+
+
+def test_bases_of_different_data_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = iter(SimpleNamespace(fingerprint=fingerprint, class_names=None) for fingerprint in "ab")
+    monkeypatch.setattr(stages, "open_source", lambda *_: next(sources))
+    with pytest.raises(InputError, match="trained on different data"):
+        stages._common_source(load_recipe_of("s0.pt"), [None, None])
+
+
+def load_recipe_of(source: str, **model: Any) -> Recipe:
+    values = {"name": "x", "data": {"path": "digits"}, "model": {"source": source, **model}}
+    return build_recipe(values | {"stages": [{"prune": {"ratio": 0.3}}]}, {})
 
 
 # ---- the cells ------------------------------------------------------------------------------------

@@ -195,14 +195,16 @@ class Table:
 
     def _what_ran(self) -> list[str]:
         c, base = self.comparison, self.bases[0]
-        seeds = [base.seed for base in self.bases]
-        own = "a base net for each" if self._several_bases else "one base net"
+        seeds = f"seed{'s' if len(self.bases) > 1 else ''} {', '.join(str(b.seed) for b in self.bases)}"
+        if len(self.bases) > 1:
+            seeds += ", a base net for each" if self._several_bases else ", one base net"
+            seeds += " (mean ± sample standard deviation)"
         return [
             f"Top-1 (%) of {self.model} on {c.split} (n = {base.n:,}); base {base.macs / 1e6:.2f} MMACs, "
             f"{base.params / 1e3:,.1f} k parameters.",
             f"{c.calibration_images} calibration images, BN recalibrated on {c.recalibration_images}, "
-            f"{_schedule(c.finetune)}; seeds {', '.join(map(str, seeds))}, {own} (mean ± sample standard "
-            f"deviation); {c.policy.scope} widths where no @scope is named, rounded to {c.policy.round_to}.",
+            f"{_schedule(c.finetune)}; {seeds}; {c.policy.scope} widths where no @scope is named, "
+            f"rounded to {c.policy.round_to}.",
             *([f"scratch: random weights, {_schedule(c.scratch, taught=False)}."] if self._scratch else []),
             "One-shot is right after surgery, before anything is recalibrated: its order misleads.",
             f"Δ: difference from {c.reference} in points ± standard error, over the same images of the same "
