@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from sepress.coupling import Coupling
 from sepress.errors import InputError
 from sepress.gates import ReaderCall, Taps, mean_per_channel, rows_per_image, spread
 from sepress.modes import kept_modes
-from sepress.moments import Moments, from_sums, moment_sums
+from sepress.moments import Moments, from_sums, moment_sums, output_square
 from sepress.types import Gate, Reader
 
 EVIDENCE = (
@@ -34,9 +35,11 @@ EVIDENCE = (
     "taylor",
     "hessian",
     "moments",
+    "sensitivity",
 )
-NEEDS_LABELS = frozenset({"class-excitation", "fisher", "gate-taylor", "taylor", "hessian"})
+NEEDS_LABELS = frozenset({"class-excitation", "fisher", "gate-taylor", "taylor", "hessian", "sensitivity"})
 _GRADIENTS = NEEDS_LABELS - {"class-excitation", "hessian"}  # of a batch at once
+_BULKY = frozenset({"moments", "sensitivity"})
 SATURATED = 0.05  # a gate within this of 0 or 1 counts as saturated
 
 # What the sums are called, and their shapes. C: channels of the gate; K: classes; P: positions that a reader
@@ -49,6 +52,7 @@ SATURATED = 0.05  # a gate within this of 0 or 1 counts as saturated
 #                                                   the unit
 #   parameter/NAME/gradient, /square        (...)   of dL/dw and (dL/dw)^2
 #   moments/KEY/rows, /sum, /square                 of what a layer multiplies its weight with; see `moments`
+#   sensitivity/KEY                        (B, O, O) of dL/dy dL/dy^T, y what a layer gives at a place
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,11 @@ class ExcitationStats:
         """The mean and covariance of the rows that a layer reads; None where they were not collected."""
         return from_sums(self.sums, reader_key(reader))
 
+    def sensitivity(self, reader: Reader) -> Tensor | None:
+        """E[sum over places of dL/dy dL/dy^T] of what a layer gives, (B, O, O); None where not collected."""
+        value = self.sums.get(f"sensitivity/{reader_key(reader)}")
+        return None if value is None else value / self.images
+
     def gate_taylor(self, group: str, units: int) -> Tensor:
         """The mean of |dL/du| of each unit, (U,); see `criteria` for u."""
         return self._mean(f"group/{group}/gate-taylor", units)
@@ -145,14 +154,18 @@ class ExcitationStats:
         return value
 
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return the tensors and the metadata that `safetensors.torch.save_file` takes."""
+        """Return the tensors and the metadata that `safetensors.torch.save_file` takes.
+
+        Moments and sensitivity stay out: they are as large as the layers are wide, squared.
+        """
         metadata = {
             "schema": "sepress.excitation/1",
             "images": str(self.images),
-            "evidence": " ".join(sorted(self.evidence)),
+            "evidence": " ".join(sorted(self.evidence - _BULKY)),
             "data_id": self.data_id,
         }
-        return {name: value.contiguous() for name, value in self.sums.items()}, metadata
+        kept = {name: v for name, v in self.sums.items() if name.split("/")[0] not in _BULKY}
+        return {name: value.contiguous() for name, value in kept.items()}, metadata
 
     @staticmethod
     def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> ExcitationStats:
@@ -302,6 +315,11 @@ class _Collector:
         self._batch = number  # which places of it count for the moments
         first = tree_leaves(inputs)[0]
         self._images = first.shape[0]
+        backward = bool(self._evidence & _GRADIENTS)
+        if "sensitivity" in self._evidence:  # gradients have to pass every layer on their way to somewhere
+            inputs = tree_map(_leaf, inputs)
+            first = tree_leaves(inputs)[0]
+        self._source = first
         probed = bool(self._evidence & {"fisher", "gate-taylor"})
         if probed:
             self._probe = first.new_ones((self._images, int(self._offsets[-1]) + 1), dtype=torch.float32)
@@ -313,10 +331,9 @@ class _Collector:
             self._coupling,
             on_gate=self._on_gate if gates else None,
             on_read=self._on_read if reads else None,
-            on_call=self._on_call if "moments" in self._evidence else None,
+            on_call=self._on_call if self._evidence & {"moments", "sensitivity"} else None,
         )
         self._classes = None
-        backward = bool(self._evidence & _GRADIENTS)
         with torch.set_grad_enabled(backward):
             with taps:
                 output = _call(net, inputs)
@@ -355,10 +372,18 @@ class _Collector:
     def _on_call(self, reader: Reader, call: ReaderCall) -> None:
         if reader_key(reader) not in self._refitted:
             return
-        weight = self._weights[reader.parameter]
-        sums = moment_sums(reader, call, weight, images=self._images, seed=self._batch)
-        for name, value in sums.items():
-            self._add(f"moments/{reader_key(reader)}/{name}", value)
+        weight, key = self._weights[reader.parameter], reader_key(reader)
+        if "sensitivity" in self._evidence and call.result.requires_grad:
+            on_gradient = partial(self._on_gradient, f"sensitivity/{key}", reader, weight)
+            call.result.register_hook(on_gradient)  # type: ignore[no-untyped-call]
+        if "moments" in self._evidence:
+            with torch.no_grad():
+                sums = moment_sums(reader, call, weight, images=self._images, seed=self._batch)
+            for name, value in sums.items():
+                self._add(f"moments/{key}/{name}", value)
+
+    def _on_gradient(self, name: str, reader: Reader, weight: Tensor, gradient: Tensor) -> None:
+        self._add(name, output_square(gradient, reader, weight))
 
     def _column(self, reader: Reader) -> Tensor:
         """The probe's column for each position that the reader reads, (P,)."""
@@ -375,7 +400,8 @@ class _Collector:
         loss = F.cross_entropy(logits.float(), targets, reduction="sum")
         probe = [] if self._probe is None else [self._probe]
         weights = weights if "taylor" in self._evidence else {}
-        at = [*probe, *weights.values()]
+        source = [self._source] if "sensitivity" in self._evidence else []
+        at = [*probe, *weights.values(), *source]
         gradients = torch.autograd.grad(loss, at, allow_unused=True, materialize_grads=True)
         if probe:
             # (N, units of all groups): autograd has summed tied positions and readers, per image.
@@ -384,7 +410,7 @@ class _Collector:
                 if kind in self._evidence:
                     for group, start in zip(self._coupling.groups, self._offsets[:-1], strict=True):
                         self._add(f"group/{group.name}/{kind}", total[start : start + group.units])
-        for name, gradient in zip(weights, gradients[len(probe) :], strict=True):
+        for name, gradient in zip(weights, gradients[len(probe) :], strict=not source):
             self._add(f"parameter/{name}/gradient", gradient)
 
     def _image_by_image(
@@ -436,6 +462,11 @@ def _parameters(net: nn.Module) -> dict[str, nn.Parameter]:
 
 def _call(net: nn.Module, inputs: Any) -> Any:
     return net(*inputs) if isinstance(inputs, tuple) else net(inputs)
+
+
+def _leaf(x: Any) -> Any:
+    """The same input, as one that gradients are taken of."""
+    return x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def _labelled(output: Any, targets: Tensor | None) -> tuple[Tensor, Tensor]:

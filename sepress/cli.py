@@ -159,8 +159,9 @@ class CriterionOptions(OptionGroup):
         str | None,
         typer.Option(
             "--criterion",
-            help="contribution (default), fisher, gate-taylor, mean-excitation, class-excitation, "
-            "excitation-spread, l1, l2, lamp, bn-scale, fpgm, group-taylor, hessian or random.",
+            help="contribution (default), fisher-reconstruction, reconstruction, fisher, gate-taylor, "
+            "mean-excitation, class-excitation, excitation-spread, l1, l2, lamp, bn-scale, fpgm, "
+            "group-taylor, hessian or random.",
         ),
     ] = None
 
@@ -241,6 +242,14 @@ class SurgeryOptions(OptionGroup):
 
     plan: Annotated[
         str | None, typer.Option("--plan", metavar="FILE", help="Apply this plan.json as it stands.")
+    ] = None
+    compensate: Annotated[
+        bool | None,
+        typer.Option(
+            "--compensate/--no-compensate",
+            help="Refit the layers that read what goes, in closed form (the default).",
+            show_default=False,
+        ),
     ] = None
 
 

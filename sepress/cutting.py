@@ -19,25 +19,28 @@ from sepress.plan import plan_pruning, smallest_macs
 from sepress.pruning import (
     CHECK_IMAGES,
     Surgery,
-    limited,
     not_measured,
     prune_channels,
     rank_channels,
+    restore,
 )
 from sepress.recipe import FinetuneStage
 from sepress.search import search_note, smallest_within
 from sepress.steps import Judged, prune_in_steps
-from sepress.train import evaluate, recalibrate_batchnorm, train
+from sepress.train import evaluate, train
 from sepress.types import Measurement, Policy, PruningPlan
 
 
-def judge(job: Job, net: nn.Module, coupling: Coupling, criterion: str, images: int) -> Judged:
-    """Score the net's channels on calibration images."""
+def judge(
+    job: Job, net: nn.Module, coupling: Coupling, criterion: str, images: int, *, compensate: bool = False
+) -> Judged:
+    """Score the net's channels on calibration images; measure what compensation needs as well."""
     ranking, stats = rank_channels(
         net,
         coupling,
         job.calibration(images),
         criterion=criterion,
+        compensate=compensate,
         device=job.device,
         seed=job.recipe.seed,
         data_id=job.source.fingerprint,
@@ -46,17 +49,24 @@ def judge(job: Job, net: nn.Module, coupling: Coupling, criterion: str, images: 
 
 
 def cut(job: Job, settings: Any, judged: Judged, how: Policy | PruningPlan) -> Surgery:
-    """Plan, cut, check, and re-estimate batch norm."""
+    """Plan, cut, check, refit, and re-estimate batch norm."""
     surgery = prune_channels(
         judged.net,
         judged.coupling,
         judged.ranking,
         how,
         images=job.images(CHECK_IMAGES),
+        moments=judged.stats if settings.compensate else None,
         allow_vacuous=settings.allow_vacuous,
     )
-    images = settings.recalibration_images
-    recalibrate_batchnorm(surgery.net, limited(job.calibration(images), images), device=job.device)
+    restore(
+        surgery,
+        judged.net,
+        job.calibration(max(settings.calibration_images, settings.recalibration_images)),
+        compensate=settings.compensate,
+        recalibration_images=settings.recalibration_images,
+        device=job.device,
+    )
     return surgery
 
 
@@ -110,7 +120,14 @@ def cut_in_steps(job: Job, settings: Any, judged: Judged) -> Surgery:
             _tune(job, net, stage, epochs=settings.step_epochs)
         with console.working("tracing"):
             coupling = trace(net, example)
-        return judge(job, net, coupling, settings.criterion, settings.calibration_images)
+        return judge(
+            job,
+            net,
+            coupling,
+            settings.criterion,
+            settings.calibration_images,
+            compensate=settings.compensate,
+        )
 
     return prune_in_steps(
         judged,

@@ -7,7 +7,6 @@ images add up.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -60,6 +59,15 @@ def arrange(weight: Tensor, reader: Reader, form: Form) -> Tensor:
     return blocks
 
 
+@torch.no_grad()
+def put(weight: Tensor, reader: Reader, form: Form, blocks: Tensor) -> None:
+    """Write (blocks, outputs, variables) into a weight, in place: the inverse of `arrange`."""
+    where = arrange(torch.arange(weight.numel()).view(weight.shape), reader, form)
+    values = torch.empty(weight.numel(), dtype=blocks.dtype)
+    values[where.flatten()] = blocks.flatten()
+    weight.copy_(values.view(weight.shape))
+
+
 @dataclass(frozen=True)
 class Moments:
     """Of the rows that one layer reads: how many, their mean (B, D) and covariance (B, D, D), float64.
@@ -84,48 +92,98 @@ def from_sums(sums: Mapping[str, Tensor], key: str) -> Moments | None:
     return Moments(int(rows), mean, (covariance + covariance.mT) / 2, plain == calls)
 
 
+def choose_places(images: int, places: int, form: Form, *, seed: int) -> Tensor:
+    """Numbers of the output places, over all images of a batch, that count: sorted, by the seed.
+
+    A random choice, since neighbours say the same; all of them where there are few.
+    """
+    total = images * places
+    wanted = images * max(FEWEST_ROWS, form.variables // ROWS_PER_VARIABLE)
+    if wanted >= total:
+        return torch.arange(total)
+    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:wanted].sort().values
+
+
 def moment_sums(
     reader: Reader, call: ReaderCall, weight: Tensor, *, images: int, seed: int
 ) -> dict[str, Tensor]:
     """The sums of one call, by the last part of their name, float64 on the CPU.
 
-    rows (3,): rows, calls, and calls that used `weight` itself; sum (B, D); square (B, D, D). Rows are a
-    random choice of the output's places, by the seed: neighbours say the same.
+    rows (3,): rows, calls, and calls that used `weight` itself; sum (B, D); square (B, D, D).
     """
     form = form_of(weight, reader)
-    wanted = images * max(FEWEST_ROWS, form.variables // ROWS_PER_VARIABLE)
-    generator = torch.Generator().manual_seed(seed)
+    places = places_of(reader, call, weight, form)
     count = 0
     total = torch.zeros(form.blocks, form.variables, dtype=torch.float64)
     square = torch.zeros(form.blocks, form.variables, form.variables, dtype=torch.float64)
-    for rows in _rows(reader, call, weight, form, wanted, generator):  # (B, R, D), float32
+    chosen = choose_places(images, places // images, form, seed=seed)
+    for _, rows in rows_read(reader, call, weight, form, chosen):  # (B, R, D), float32
         mean = rows.mean(1, keepdim=True)
         centred = rows - mean  # about the part's own mean: no cancellation in float32
         exact = mean.cpu().double()
         total += rows.shape[1] * exact[:, 0]
         square += (centred.mT @ centred).cpu().double() + rows.shape[1] * exact.mT * exact
         count += rows.shape[1]
-    own = any(
-        isinstance(x, Tensor) and x.data_ptr() == weight.data_ptr()
-        for x in (*call.args, *call.kwargs.values())
-    )
+    own = uses_itself(call, weight)
     return {"rows": torch.tensor([count, 1, int(own)], dtype=torch.float64), "sum": total, "square": square}
 
 
-def _rows(
-    reader: Reader, call: ReaderCall, weight: Tensor, form: Form, wanted: int, generator: torch.Generator
-) -> Iterator[Tensor]:
-    """Parts of the wanted number of rows, each (B, R, D)."""
+def output_square(gradient: Tensor, reader: Reader, weight: Tensor) -> Tensor:
+    """The sum over all places of g g^T, g the gradient at a layer's outputs, by block: (B, O, O), float64."""
+    g = gradient.detach().float()
+    g = g.movedim(1, -1) if weight.dim() > 2 else g
+    rows = g.reshape(-1, reader.groups, g.shape[-1] // reader.groups).transpose(0, 1)  # (B, R, O)
+    return (rows.mT @ rows).cpu().double()
+
+
+def uses_itself(call: ReaderCall, weight: Tensor) -> bool:
+    """Whether a call multiplied with the parameter, and not with something computed from it."""
+    operands = (*call.args, *call.kwargs.values())
+    return any(isinstance(x, Tensor) and x.data_ptr() == weight.data_ptr() for x in operands)
+
+
+def places_of(reader: Reader, call: ReaderCall, weight: Tensor, form: Form) -> int:
+    """How many rows the call offers, over all images."""
+    if _is_unfolded(reader, weight, form):
+        return len(call.x) * call.result.shape[2:].numel()
+    return call.x.numel() // call.x.shape[reader.site.axis]
+
+
+def rows_read(
+    reader: Reader, call: ReaderCall, weight: Tensor, form: Form, chosen: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What the layer reads at the chosen places, in parts: (their numbers (R,), rows (B, R, D))."""
     x = call.x.detach().float()
-    if weight.dim() > 2 and not reader.transposed and (form.taps > 1 or weight.shape[2:].numel() == 1):
-        places = call.result.shape[2:].numel()
-        most = max(1, _CHUNK // max(1, places * form.blocks * form.variables))
-        for part in torch.split(x, most):
-            share = math.ceil(wanted * len(part) / len(x))
-            yield _blocks(_choose(_unfold(part, call, weight), share, generator), form)
-    else:
-        flat = x.movedim(reader.site.axis, -1)
-        yield _blocks(_choose(flat.reshape(1, -1, flat.shape[-1]), wanted, generator), form)
+    if not _is_unfolded(reader, weight, form):
+        flat = x.movedim(reader.site.axis, -1).reshape(-1, len(reader.unit))
+        yield chosen, _blocks(flat[chosen.to(x.device)], form)
+        return
+    places = call.result.shape[2:].numel()
+    most = max(1, _CHUNK // (places * form.blocks * form.variables))
+    for first in range(0, len(x), most):
+        part = x[first : first + most]
+        here = chosen[(chosen >= first * places) & (chosen < (first + len(part)) * places)]
+        at = (here - first * places).to(x.device)
+        yield here, _blocks(_unfold(part, call, weight)[at // places, at % places], form)
+
+
+def is_exact(reader: Reader, weight: Tensor, form: Form) -> bool:
+    """Whether a row times the arranged weight is what the layer gives at one place, without its bias."""
+    return _is_unfolded(reader, weight, form) or weight.dim() <= 2
+
+
+def rows_given(call: ReaderCall, weight: Tensor, chosen: Tensor) -> Tensor:
+    """What a layer of an exact form gives at the chosen places, (R, O)."""
+    y = call.result.detach().float()
+    y = y.movedim(1, -1) if weight.dim() > 2 else y
+    return y.reshape(-1, y.shape[-1])[chosen.to(y.device)]
+
+
+def _is_unfolded(reader: Reader, weight: Tensor, form: Form) -> bool:
+    """Whether rows are what a kernel sees, and not single places of the input."""
+    if weight.dim() <= 2 or reader.transposed:
+        return False
+    return form.taps > 1 or weight.shape[2:].numel() == 1
 
 
 def _unfold(x: Tensor, call: ReaderCall, weight: Tensor) -> Tensor:
@@ -142,15 +200,6 @@ def _unfold(x: Tensor, call: ReaderCall, weight: Tensor) -> Tensor:
     seen = call.function(x.reshape(-1, 1, *x.shape[2:]), pick, **geometry)  # (N C, taps, ...)
     unfolded: Tensor = seen.reshape(len(x), x.shape[1] * taps, -1).mT
     return unfolded
-
-
-def _choose(rows: Tensor, wanted: int, generator: torch.Generator) -> Tensor:
-    """As many of the rows (N, L, D), each at most once: (R, D)."""
-    images, places, variables = rows.shape
-    if wanted >= images * places:
-        return rows.reshape(-1, variables)
-    chosen = torch.randperm(images * places, generator=generator)[:wanted].to(rows.device)
-    return rows[chosen // places, chosen % places]
 
 
 def _blocks(rows: Tensor, form: Form) -> Tensor:

@@ -19,12 +19,13 @@ from sepress import console
 from sepress.calibrate import ExcitationStats, calibrate
 from sepress.coupling import Coupling, apply_removal, check_removal, trace
 from sepress.criteria import get_criterion, rank
-from sepress.defaults import CRITERION, RECALIBRATION_IMAGES
+from sepress.defaults import CRITERION, RECALIBRATION_IMAGES, REFIT_PASSES
 from sepress.device import resolve_device, seeded
 from sepress.errors import CheckError, InputError
 from sepress.measure import count_macs, count_params, environment
 from sepress.plan import check_plan, check_policy, plan_pruning
-from sepress.reconstruct import compensate
+from sepress.reconstruct import compensate as refit_readers
+from sepress.recover import recover
 from sepress.train import recalibrate_batchnorm
 from sepress.types import (
     Check,
@@ -98,12 +99,13 @@ def rank_channels(
     batches: Iterable[Batch],
     *,
     criterion: str,
+    compensate: bool,
     device: torch.device,
     seed: int = 0,
     data_id: str = "",
 ) -> tuple[Ranking, ExcitationStats]:
-    """Measure on the batches what the criterion needs, and the gates always; score every group."""
-    evidence = get_criterion(criterion).needs | {"excitation"}
+    """Measure what the criterion needs, the gates always, and what compensation takes; score every group."""
+    evidence = get_criterion(criterion).needs | {"excitation"} | ({"moments"} if compensate else frozenset())
     stats = calibrate(net, coupling, batches, evidence=evidence, device=device, data_id=data_id)
     return rank(coupling, stats, criterion=criterion, net=net, seed=seed), stats
 
@@ -131,7 +133,7 @@ def prune_channels(
     for _ in range(MAX_REPLANS):
         whole = net if moments is None else copy.deepcopy(net)
         if moments is not None:
-            compensate(whole, coupling, moments, plan.removed)
+            refit_readers(whole, coupling, moments, plan.removed)
         pruned = copy.deepcopy(whole)
         apply_removal(pruned, coupling, plan.removed)
         with console.working("checking that masked = removed"):
@@ -159,6 +161,30 @@ def prune_channels(
             remedy="Calibrate on real, different images and a trained net, or pass --allow-vacuous.",
         )
     return Surgery(pruned, plan, coupling, check)
+
+
+def restore(
+    surgery: Surgery,
+    base: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    compensate: bool,
+    recalibration_images: int,
+    device: torch.device,
+) -> None:
+    """Estimate the norms of a surgery's net again; with `compensate`, fit its layers to the base's first."""
+    recover(
+        surgery.net,
+        base,
+        surgery.coupling,
+        surgery.plan.removed,
+        batches,
+        passes=REFIT_PASSES if compensate else 0,
+        recalibrate=lambda net: recalibrate_batchnorm(
+            net, limited(batches, recalibration_images), device=device
+        ),
+        device=device,
+    )
 
 
 def group_rows(coupling: Coupling, ranking: Ranking, plan: PruningPlan | None) -> tuple[GroupRow, ...]:
@@ -203,6 +229,7 @@ def prune(
     gated_only: bool = False,
     frozen: Sequence[str] = (),
     overrides: Mapping[str, float] | None = None,
+    compensate: bool = True,
     recalibration_images: int = RECALIBRATION_IMAGES,
     batch_size: int = 64,
     device: str = "auto",
@@ -214,9 +241,9 @@ def prune(
     `calibration` is a tensor of inputs (N, C, H, W; also 3- or 5-dimensional), or an iterable that can be
     read more than once (a DataLoader, a list) of such tensors or of (inputs, targets) pairs; targets are
     needed by the criteria that use labels only. Exactly one target is given: `ratio` of prunable channels
-    removed, or the share of the base's MACs or parameters to keep. Batch norm is re-estimated on the same
-    inputs; fine-tuning is yours. Raises InputError for what can't be used and CheckError where the pruned
-    net does not equal the masked one.
+    removed, or the share of the base's MACs or parameters to keep. With `compensate`, layers that read what
+    goes are refitted on the same inputs; batch norm always is. Fine-tuning is yours. Raises InputError for
+    what can't be used and CheckError where the pruned net does not equal the masked one.
 
     >>> import sepress, torch
     >>> net = sepress.build("sepress:se_resnet8", in_chans=1)
@@ -244,9 +271,26 @@ def prune(
         base = copy.deepcopy(net).to(place).eval()
         images = first_images(batches, CHECK_IMAGES).to(place)
         coupling = trace(base, images[:1])
-        ranking, stats = rank_channels(base, coupling, batches, criterion=criterion, device=place, seed=seed)
-        surgery = prune_channels(base, coupling, ranking, policy, images=images, allow_vacuous=allow_vacuous)
-        recalibrate_batchnorm(surgery.net, limited(batches, recalibration_images), device=place)
+        ranking, stats = rank_channels(
+            base, coupling, batches, criterion=criterion, compensate=compensate, device=place, seed=seed
+        )
+        surgery = prune_channels(
+            base,
+            coupling,
+            ranking,
+            policy,
+            images=images,
+            moments=stats if compensate else None,
+            allow_vacuous=allow_vacuous,
+        )
+        restore(
+            surgery,
+            base,
+            batches,
+            compensate=compensate,
+            recalibration_images=recalibration_images,
+            device=place,
+        )
     report = _api_report(base, surgery, ranking, images[:1], criterion=criterion, calibrated=stats.images)
     pruned = surgery.net.to(home)
     for given, made in zip(net.modules(), pruned.modules(), strict=True):

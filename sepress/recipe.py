@@ -58,8 +58,9 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 # fmt: off
 CriterionName = Literal[
-    "contribution", "fisher", "gate-taylor", "mean-excitation", "class-excitation", "excitation-spread",
-    "l1", "l2", "lamp", "bn-scale", "fpgm", "group-taylor", "hessian", "random",
+    "fisher-reconstruction", "reconstruction", "contribution", "fisher", "gate-taylor", "mean-excitation",
+    "class-excitation", "excitation-spread", "l1", "l2", "lamp", "bn-scale", "fpgm", "group-taylor",
+    "hessian", "random",
 ]
 # fmt: on
 CRITERIA: tuple[str, ...] = get_args(CriterionName)
@@ -235,6 +236,7 @@ class PruneStage(Settings):
     criterion: CriterionName = defaults.CRITERION
     calibration_images: Count = defaults.CALIBRATION_IMAGES
     recalibration_images: Count = defaults.RECALIBRATION_IMAGES
+    compensate: bool = True  # refit the layers that read what goes, in closed form
     ratio: Share | None = None  # of the prunable channels, removed
     target_macs: Share | None = None  # of the base's, kept
     target_params: Share | None = None  # of the base's, kept

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sepress.calibrate import ExcitationStats, judged_positions, reader_key
 from sepress.coupling import Coupling
-from sepress.moments import Moments, arrange, form_of
+from sepress.moments import Form, Moments, arrange, form_of, put
 from sepress.types import Reader, Removed
 
 RIDGE = 1e-3  # of each variable's own variance: what is less than that is not told from noise
@@ -108,12 +108,14 @@ def refit(weight: Tensor, covariance: Tensor, kept: Tensor, ridge: float = RIDGE
 
 # ---- the order of a net's groups ------------------------------------------------------------------
 def order_groups(
-    net: nn.Module, coupling: Coupling, stats: ExcitationStats
+    net: nn.Module, coupling: Coupling, stats: ExcitationStats, *, felt: bool = False
 ) -> dict[str, tuple[list[int], list[float], int]]:
     """For each prunable group that a measured layer reads: order, step costs, number of readers.
 
     A step's cost is the share of its output's variance that each reader loses, added over readers; the norm
-    behind a reader takes its scale away, so shares and not variances are what can be added.
+    behind a reader takes its scale away, so shares and not variances are what can be added. With
+    `felt`, variance is measured in what the loss feels of it, by the evidence `sensitivity` (the output half
+    of the Kronecker-factored Fisher information, Martens & Grosse 2015).
     """
     judged = judged_positions(coupling)
     parameters = dict(net.named_parameters(remove_duplicate=False))
@@ -127,18 +129,30 @@ def order_groups(
             if at is None or moments is None or not (at == number).any():
                 continue
             readers += 1
-            consumers += _consumers(parameters[reader.parameter], reader, moments, at == number, group.units)
+            weight = _felt(parameters[reader.parameter], reader, stats.sensitivity(reader) if felt else None)
+            consumers += _consumers(weight, reader, moments, at == number, group.units)
         if consumers:
             order, costs = removal_order(consumers, group.units)
             found[group.name] = (order, costs, readers)
     return found
 
 
-def _consumers(
-    weight: Tensor, reader: Reader, moments: Moments, here: np.ndarray, units: int
-) -> list[Consumer]:
+def _felt(weight: Tensor, reader: Reader, sensitivity: Tensor | None) -> tuple[Form, Tensor]:
+    """A layer's weight (B, O, D), its outputs in the directions and units of what the loss feels."""
     form = form_of(weight, reader)
     blocks = arrange(weight.detach().cpu().double(), reader, form)
+    if sensitivity is None:
+        return form, blocks
+    values, vectors = torch.linalg.eigh(sensitivity)
+    root = vectors * values.clamp(min=0).sqrt()[:, None, :] @ vectors.mT  # (B, O, O)
+    outputs = root.shape[-1]
+    return form, (root @ blocks.reshape(form.blocks, outputs, -1)).reshape(blocks.shape)
+
+
+def _consumers(
+    felt: tuple[Form, Tensor], reader: Reader, moments: Moments, here: np.ndarray, units: int
+) -> list[Consumer]:
+    form, blocks = felt
     energy = sum(float(((w @ c) * w).sum()) for w, c in zip(blocks, moments.covariance, strict=True))
     scale = energy**-0.5 if energy > 0 else 0.0
     consumers = []
@@ -194,10 +208,7 @@ def _refit_layer(weight: Tensor, reader: Reader, moments: Moments, kept: np.ndar
     old = arrange(weight.cpu().double(), reader, form)  # (B, O, D)
     keep = torch.as_tensor(kept).reshape(form.blocks, form.positions).repeat_interleave(form.taps, 1)
     new = torch.stack([refit(w, c, k) for w, c, k in zip(old, moments.covariance, keep, strict=True)])
-    where = arrange(torch.arange(weight.numel()).view(weight.shape), reader, form)
-    values = torch.empty(weight.numel(), dtype=torch.float64)
-    values[where.flatten()] = new.flatten()
-    weight.copy_(values.view(weight.shape))
+    put(weight, reader, form, new)
     return ((old - new) @ moments.mean[:, :, None]).flatten()
 
 

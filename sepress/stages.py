@@ -130,7 +130,9 @@ def prune_stage(job: Job, settings: Any) -> StageRecord:
     coupling = job.coupling()
     given = None if settings.plan is None else _read_plan(Path(settings.plan), coupling)
     criterion = settings.criterion if given is None else "mean-excitation"  # a plan was judged before
-    judged = judge(job, parent.net, coupling, criterion, settings.calibration_images)
+    judged = judge(
+        job, parent.net, coupling, criterion, settings.calibration_images, compensate=settings.compensate
+    )
     if given is not None:
         known = replace(judged.ranking, criterion=given.criterion, scores={}, evidence=given.evidence)
         judged = replace(judged, ranking=known)

@@ -341,7 +341,7 @@ def test_defaults_in_the_help_are_the_recipes() -> None:
             "prune model.pt --ratio 0.3 --round-to 0",
             "--round-to: should be greater than or equal to 1, not 0",
         ),
-        ("prune model.pt --ratio 0.3 --criterion magic", "--criterion: should be 'contribution'"),
+        ("prune model.pt --ratio 0.3 --criterion magic", "--criterion: should be 'fisher-reconstruction'"),
         (
             "prune model.pt --ratio 0.3 --scope all",
             "--scope: should be 'per-group', 'global', 'isomorphic' or 'knapsack', not 'all'",

@@ -15,8 +15,9 @@ PACKAGE = Path(__file__).parent.parent / "sepress"
 LAYERS = [
     "errors", "defaults", "types", "console", "files", "device", "safe_yaml", "constraints", "schedule",
     "modes", "digests", "models", "data", "coupling",
-    "gates", "baselines", "calibrate", "criteria", "plan", "train", "measure", "bundle", "export", "report",
-    "pruning", "search", "steps", "inspection", "compare", "recipe", "runfolder", "job", "cutting", "summary", "stages", "benchmark", "cli",
+    "gates", "moments", "baselines", "calibrate", "reconstruct", "criteria", "plan", "train", "recover",
+    "measure", "bundle", "export", "report", "pruning", "search", "steps", "inspection", "compare", "recipe",
+    "runfolder", "job", "cutting", "summary", "stages", "benchmark", "cli",
 ]
 HEAVY = {
     "torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "scipy", "numpy", "PIL", "mlxtend",

@@ -303,7 +303,7 @@ require: [top1<=2, top1_drop<=0.01]
         ("stages=[{prune: {target_macs: 0.3, step_epochs: 1}}]", "step_epochs lie between steps"),
         ("stages=[{prune: {plan: p, steps: 2}}]", "a plan says what is removed: it takes no steps"),
         ("stages.prune.ratio=.nan", "should be a finite number"),
-        ("stages.prune.criterion=magic", "should be 'contribution', 'fisher'"),
+        ("stages.prune.criterion=magic", "should be 'fisher-reconstruction', 'reconstruction'"),
         (
             "stages=[{finetune: {epochs: 1, warmup_epochs: 1}}]",
             "warmup_epochs (1) must be fewer than epochs (1)",

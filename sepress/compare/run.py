@@ -29,8 +29,8 @@ from sepress.digests import tensor_digest
 from sepress.errors import InputError
 from sepress.files import replacing, write_json, write_text
 from sepress.measure import count_macs, count_params, environment
-from sepress.pruning import CHECK_IMAGES, Surgery, first_images, limited, prune_channels
-from sepress.train import TrainConfig, recalibrate_batchnorm, train
+from sepress.pruning import CHECK_IMAGES, Surgery, first_images, prune_channels, restore
+from sepress.train import TrainConfig, train
 from sepress.train.evaluate import find_right
 from sepress.train.timing import time_epoch
 from sepress.types import Bundle
@@ -213,8 +213,14 @@ def run_cell(start: Start, bench: Bench, method: Method, point: Point) -> Cell:
         else:
             config, teacher = bench.comparison.finetune, start.net
             one_shot = float(bench.right(cut.net).mean())
-            images = limited(bench.calibration(start.seed), bench.comparison.recalibration_images)
-            recalibrate_batchnorm(cut.net, images, device=bench.device)
+            restore(
+                cut,
+                start.net,
+                bench.calibration(start.seed),
+                compensate=method.refit,
+                recalibration_images=bench.comparison.recalibration_images,
+                device=bench.device,
+            )
             right["recalibrated"] = bench.right(cut.net)
         if config is not None:
             _train(cut.net, bench, config, seed=start.seed, teacher=teacher, checkpoint=checkpoint)

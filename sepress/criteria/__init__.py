@@ -16,6 +16,7 @@ from sepress.criteria.doubts import doubts
 from sepress.criteria.excitation import class_excitation, excitation_spread, group_means, mean_excitation
 from sepress.criteria.gradients import fisher, gate_taylor
 from sepress.criteria.judging import Criterion, Facts
+from sepress.criteria.reconstruction import fisher_reconstruction, reconstruction
 from sepress.criteria.weights import bn_scale, fpgm, group_taylor, hessian, l1, l2, lamp, random
 from sepress.defaults import CRITERION
 from sepress.errors import InputError
@@ -25,6 +26,11 @@ __all__ = ["CRITERIA", "Criterion", "get_criterion", "rank"]
 
 # fmt: off
 CRITERIA: dict[str, Criterion] = {c.name: c for c in (
+    Criterion("fisher-reconstruction", frozenset({"moments", "sensitivity"}),
+              fisher_reconstruction,
+              "what the loss feels of what its readers lose once the others stand in; needs labels"),
+    Criterion("reconstruction", frozenset({"moments"}), reconstruction,
+              "what the layers that read a channel lose once the others stand in for it"),
     Criterion("contribution", frozenset({"contribution"}), contribution,
               "spread of the recalibrated channel times the weights that read it"),
     Criterion("fisher", frozenset({"fisher"}), fisher,

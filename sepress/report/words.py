@@ -368,6 +368,8 @@ def preprocessing_words(report: Report, *, figures: bool) -> list[str]:
 
 # ---- groups ---------------------------------------------------------------------------------------
 _CRITERIA = {
+    "fisher-reconstruction": "what the loss feels of what a channel's readers lose once others stand in",
+    "reconstruction": "what a channel's readers lose once the other channels stand in for it",
     "mean-excitation": "the mean of a channel's SE gate over the calibration images",
     "contribution": "how much a channel varies (behind its gate) times the weights that read it",
     "fisher": "how strongly the loss reacts to a gate on the channel (squared gradients)",
