@@ -64,7 +64,7 @@ def cut(job: Job, settings: Any, judged: Judged, how: Policy | PruningPlan) -> S
         judged.net,
         job.calibration(max(settings.calibration_images, settings.recalibration_images)),
         compensate=settings.compensate,
-        recalibration_images=settings.recalibration_images,
+        images=settings.recalibration_images,
         device=job.device,
     )
     return surgery

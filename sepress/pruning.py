@@ -169,10 +169,10 @@ def restore(
     batches: Iterable[Batch],
     *,
     compensate: bool,
-    recalibration_images: int,
+    images: int,
     device: torch.device,
 ) -> None:
-    """Estimate the norms of a surgery's net again; with `compensate`, fit its layers to the base's first."""
+    """Estimate the norms of a surgery's net again, on so many images; with `compensate`, refit its layers."""
     recover(
         surgery.net,
         base,
@@ -180,9 +180,7 @@ def restore(
         surgery.plan.removed,
         batches,
         passes=REFIT_PASSES if compensate else 0,
-        recalibrate=lambda net: recalibrate_batchnorm(
-            net, limited(batches, recalibration_images), device=device
-        ),
+        recalibrate=lambda net: recalibrate_batchnorm(net, limited(batches, images), device=device),
         device=device,
     )
 
@@ -283,14 +281,7 @@ def prune(
             moments=stats if compensate else None,
             allow_vacuous=allow_vacuous,
         )
-        restore(
-            surgery,
-            base,
-            batches,
-            compensate=compensate,
-            recalibration_images=recalibration_images,
-            device=place,
-        )
+        restore(surgery, base, batches, compensate=compensate, images=recalibration_images, device=place)
     report = _api_report(base, surgery, ranking, images[:1], criterion=criterion, calibrated=stats.images)
     pruned = surgery.net.to(home)
     for given, made in zip(net.modules(), pruned.modules(), strict=True):

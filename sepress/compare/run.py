@@ -218,7 +218,7 @@ def run_cell(start: Start, bench: Bench, method: Method, point: Point) -> Cell:
                 start.net,
                 bench.calibration(start.seed),
                 compensate=method.refit,
-                recalibration_images=bench.comparison.recalibration_images,
+                images=bench.comparison.recalibration_images,
                 device=bench.device,
             )
             right["recalibrated"] = bench.right(cut.net)
