@@ -24,7 +24,7 @@ HALF = Policy(target_macs=0.4, round_to=1, min_width=1)
 
 def judge(net: nn.Module, images: Tensor) -> Judged:
     coupling = trace(net, images[:1])
-    ranking, stats = rank_channels(net, coupling, [images], criterion="l2", device=CPU)
+    ranking, stats = rank_channels(net, coupling, [images], criterion="l2", compensate=False, device=CPU)
     return Judged(net, coupling, ranking, stats)
 
 
