@@ -1,17 +1,21 @@
-"""The README's speed and memory, each by one command: `python tests/benchmarks.py taps|memory|startup|nets`.
+"""The README's figures that no recipe gives, a command each: `python tests/benchmarks.py taps`, and so on.
 
-Ratios of interleaved runs, never seconds alone; nothing here is a test.
+Speed is told as ratios of interleaved runs, by `scale` alone in seconds; nothing here is a test.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import resource
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 SEVEN = (
@@ -24,6 +28,9 @@ SEVEN = (
     "torchvision:efficientnet_b0",
 )
 NETS = ("timm:mobilenetv3_large_100", "timm:seresnet50")
+LARGE = ("timm:efficientnet_b4", "timm:legacy_seresnet152")
+MEASURED = ("reconstruction", "fisher-reconstruction", "contribution", "fisher", "mean-excitation")
+SIZES = (64, 128, 256, 512, 1024, 2048, 4096, 10_000)
 
 
 def taps() -> None:
@@ -80,7 +87,12 @@ def calibrate_some(images: int) -> None:
     coupling = trace(net, torch.randn(1, 3, 96, 96))
     batches = (torch.randn(16, 3, 96, 96) for _ in range(images // 16))
     calibrate(net, coupling, batches, evidence=frozenset({"excitation", "contribution"}), device="cpu")
-    print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+    print(f"peak {peak_mib():.0f} MiB")
+
+
+def peak_mib() -> float:
+    """The most memory this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def startup() -> None:
@@ -151,12 +163,178 @@ def settle(net: torch.nn.Module, images: torch.Tensor) -> None:
     net.eval()
 
 
+def scale(nets: Sequence[str], images: int) -> None:
+    """Time and peak memory of pruning large nets with reconstruction and compensation, a process each."""
+    print("| net | phase | seconds | peak so far, MiB | above the traced net, MiB |")
+    print("|---|---|---:|---:|---:|", flush=True)
+    for reference in nets:
+        subprocess.run([sys.executable, __file__, "prune-large", reference, str(images)], check=True)
+
+
+def prune_large(reference: str, images: int) -> None:
+    """A row for each phase: random weights, 224 px, batches of 8, half the channels, one thread."""
+    import torch
+
+    from sepress.calibrate import calibrate
+    from sepress.coupling import trace
+    from sepress.criteria import rank
+    from sepress.models import build_net, build_spec
+    from sepress.pruning import prune_channels, restore
+    from sepress.types import Policy
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    device = torch.device("cpu")
+    started, traced = time.perf_counter(), 0.0
+
+    def row(phase: str) -> None:
+        nonlocal started
+        seconds, peak = time.perf_counter() - started, peak_mib()
+        above = f"{peak - traced:.0f}" if traced else ""
+        print(f"| {reference} | {phase} | {seconds:.0f} | {peak:.0f} | {above} |", flush=True)
+        started = time.perf_counter()
+
+    batches = torch.randn(images, 3, 224, 224).split(8)
+    net = build_net(build_spec(reference, trained=False))
+    settle(net, batches[0])
+    coupling = trace(net, batches[0][:1])
+    row("build and trace")
+    traced = peak_mib()
+    stats = calibrate(net, coupling, batches, evidence=frozenset({"moments"}), device=device)
+    row(f"moments of {images} images")
+    ranking = rank(coupling, stats, criterion="reconstruction", net=net)
+    row("order of removal")
+    surgery = prune_channels(net, coupling, ranking, Policy(ratio=0.5), images=batches[0][:2], moments=stats)
+    row("refit, cut and check")
+    restore(surgery, net, batches, compensate=True, images=images, device=device)
+    row("refit to the base's features")
+
+
+Scores = Mapping[str, "np.ndarray"]  # of a group's units (U,)
+
+
+def stability(model: str, data: str, sizes: Sequence[int], seeds: int) -> None:
+    """How far rankings agree that disjoint sets of calibration images give, by the size of the sets.
+
+    Each seed has a set of its own, and a smaller size is the beginning of it: what was measured on the one
+    adds up to the other. The largest size that is compared with is another seed's, so no image is in both.
+    """
+    import numpy as np
+    import torch
+
+    from sepress.bundle import load_bundle
+    from sepress.data import DataSpec, open_data
+
+    torch.set_num_threads(1)
+    bundle = load_bundle(model)
+    spec = bundle.spec
+    source = open_data(
+        DataSpec(data),
+        preprocessing=spec.preprocessing,
+        class_names=spec.class_names,
+        num_classes=spec.kwargs.get("num_classes"),
+    )
+    sizes = sorted(n for n in sizes if n * seeds <= source.splits["train"])
+    dataset = source.calibration(sizes[-1] * seeds, seed=0)
+    found: dict[tuple[str, int, int], Scores] = {}
+    for seed in range(seeds):
+        own = torch.utils.data.Subset(dataset, range(seed, len(dataset), seeds))
+        found |= {(*key, seed): scores for key, scores in judge_growing(bundle.net, own, sizes).items()}
+    print("| criterion | groups | images | rank correlation | in common | with the largest | in common |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    pairs = list(itertools.permutations(range(seeds), 2))
+    for criterion in MEASURED:
+        for n in sizes:
+            between = np.mean(
+                [agreement(found[criterion, n, i], found[criterion, n, j]) for i, j in pairs], 0
+            )
+            largest = [agreement(found[criterion, n, i], found[criterion, sizes[-1], j]) for i, j in pairs]
+            figures = (*between, *np.mean(largest, 0))
+            row = (criterion, str(len(found[criterion, n, 0])), f"{n:,}", *(f"{x:.3f}" for x in figures))
+            print(f"| {' | '.join(row)} |")
+    every = [len(s) for s in found[MEASURED[0], sizes[0], 0].values()]
+    chance = np.mean([units // 2 / units for units in every])
+    print(
+        f"\n{seeds} disjoint sets of train images for {spec.reference}; in common: of the half of each "
+        f"group's channels that goes ({chance:.3f} by chance). Means over the groups that a criterion judges."
+    )
+
+
+def judge_growing(
+    net: torch.nn.Module, images: torch.utils.data.Dataset[Any], sizes: Sequence[int]
+) -> dict[tuple[str, int], Scores]:
+    """The scores by each criterion from the first n images, one pass for all n: (criterion, n) -> scores.
+
+    Groups that a criterion leaves to the weights' L2 are left out: no image bears on them.
+    """
+    import numpy as np
+    from torch.utils.data import DataLoader, Subset
+
+    from sepress.calibrate import calibrate
+    from sepress.coupling import trace
+    from sepress.criteria import CRITERIA, rank
+
+    coupling = trace(net, images[0][0][None])
+    evidence = frozenset().union(*(CRITERIA[name].needs for name in MEASURED))
+    found: dict[tuple[str, int], Scores] = {}
+    total = None
+    for first, n in itertools.pairwise((0, *sizes)):
+        started = time.perf_counter()
+        batches = DataLoader(Subset(images, range(first, n)), batch_size=64)
+        stats = calibrate(net, coupling, batches, evidence=evidence, device="cpu")
+        total = stats if total is None else total + stats
+        measured = time.perf_counter()
+        for name in MEASURED:
+            ranking = rank(coupling, total, criterion=name, net=net)
+            found[name, n] = {
+                group: np.array(scores)
+                for group, scores in ranking.scores.items()
+                if not ranking.evidence[group].startswith("L2")
+            }
+        took = f"{measured - started:.0f} s to measure, {time.perf_counter() - measured:.0f} s to rank"
+        print(f"{n} images: {took}", file=sys.stderr)
+    return found
+
+
+def agreement(a: Scores, b: Scores) -> tuple[float, float]:
+    """Spearman's correlation, and the share in common of the half that goes; means over groups."""
+    import numpy as np
+    from scipy.stats import spearmanr
+
+    def half(scores: np.ndarray) -> np.ndarray:
+        return scores.argsort(kind="stable")[: len(scores) // 2]
+
+    rho = [spearmanr(a[group], b[group]).statistic for group in a]
+    common = [len(np.intersect1d(half(a[group]), half(b[group]))) / (len(a[group]) // 2) for group in a]
+    return float(np.mean(rho)), float(np.mean(common))
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("taps", "memory", "startup", "nets", "calibrate"))
-    parser.add_argument("images", nargs="?", type=int, default=64)
-    chosen = parser.parse_args()
-    if chosen.what == "calibrate":
-        calibrate_some(chosen.images)
-    else:
-        {"taps": taps, "memory": memory, "startup": startup, "nets": nets}[chosen.what]()
+    commands = parser.add_subparsers(dest="what", required=True)
+    for plain in (taps, memory, startup, nets):
+        commands.add_parser(plain.__name__, help=plain.__doc__).set_defaults(run=plain)
+    one = commands.add_parser("calibrate", help="the process that `memory` starts")
+    one.add_argument("images", type=int)
+    one.set_defaults(run=calibrate_some)
+    one = commands.add_parser("scale", help=scale.__doc__)
+    one.add_argument("nets", nargs="*", default=LARGE)
+    one.add_argument("--images", type=int, default=64)
+    one.set_defaults(run=scale)
+    one = commands.add_parser("prune-large", help="the process that `scale` starts")
+    one.add_argument("reference")
+    one.add_argument("images", type=int)
+    one.set_defaults(run=prune_large)
+    one = commands.add_parser("stability", help="agreement of rankings by the number of calibration images")
+    one.add_argument("model")
+    one.add_argument("--data", required=True)
+    one.add_argument("--sizes", type=numbers, default=SIZES)
+    one.add_argument("--seeds", type=int, default=2)
+    one.set_defaults(run=stability)
+    chosen = vars(parser.parse_args())
+    del chosen["what"]
+    chosen.pop("run")(**chosen)
