@@ -216,8 +216,8 @@ Scores = Mapping[str, "np.ndarray"]  # of a group's units (U,)
 def stability(model: str, data: str, sizes: Sequence[int], seeds: int) -> None:
     """How far rankings agree that disjoint sets of calibration images give, by the size of the sets.
 
-    Each seed has a set of its own, and a smaller size is the beginning of it: what was measured on the one
-    adds up to the other. The largest size that is compared with is another seed's, so no image is in both.
+    Each seed has its own part of one stratified order, and a smaller size is the part's beginning: what was
+    measured on the one adds up to the other. The largest set is another seed's, so no image is in both.
     """
     import numpy as np
     import torch
@@ -238,7 +238,7 @@ def stability(model: str, data: str, sizes: Sequence[int], seeds: int) -> None:
     dataset = source.calibration(sizes[-1] * seeds, seed=0)
     found: dict[tuple[str, int, int], Scores] = {}
     for seed in range(seeds):
-        own = torch.utils.data.Subset(dataset, range(seed, len(dataset), seeds))
+        own = torch.utils.data.Subset(dataset, range(seed * sizes[-1], (seed + 1) * sizes[-1]))
         found |= {(*key, seed): scores for key, scores in judge_growing(bundle.net, own, sizes).items()}
     print("| criterion | groups | images | rank correlation | in common | with the largest | in common |")
     print("|---|---:|---:|---:|---:|---:|---:|")
