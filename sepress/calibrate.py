@@ -300,6 +300,7 @@ class _Collector:
         self._pending: list[tuple[str, Tensor]] = []
         self._probe: Tensor | None = None
         self._classes: Tensor | None = None
+        self._source: Tensor | None = None
         self._images = self._batch = 0
 
     def run(
@@ -316,10 +317,10 @@ class _Collector:
         first = tree_leaves(inputs)[0]
         self._images = first.shape[0]
         backward = bool(self._evidence & _GRADIENTS)
+        self._source = None
         if "sensitivity" in self._evidence:  # gradients have to pass every layer on their way to somewhere
-            inputs = tree_map(_leaf, inputs)
-            first = tree_leaves(inputs)[0]
-        self._source = first
+            self._source = torch.zeros((), device=first.device, requires_grad=True)
+            inputs = tree_map(partial(_passing, self._source), inputs)
         probed = bool(self._evidence & {"fisher", "gate-taylor"})
         if probed:
             self._probe = first.new_ones((self._images, int(self._offsets[-1]) + 1), dtype=torch.float32)
@@ -345,7 +346,7 @@ class _Collector:
                     self._backward(logits, targets, weights)
                 if "hessian" in self._evidence:
                     self._image_by_image(net, inputs, targets, weights)
-        self._probe = None
+        self._probe = self._source = None
         self._flush()
         return self._images
 
@@ -374,7 +375,7 @@ class _Collector:
             return
         weight, key = self._weights[reader.parameter], reader_key(reader)
         if "sensitivity" in self._evidence and call.result.requires_grad:
-            on_gradient = partial(self._on_gradient, f"sensitivity/{key}", reader, weight)
+            on_gradient = partial(self._on_gradient, f"sensitivity/{key}", reader)
             call.result.register_hook(on_gradient)  # type: ignore[no-untyped-call]
         if "moments" in self._evidence:
             with torch.no_grad():
@@ -382,8 +383,8 @@ class _Collector:
             for name, value in sums.items():
                 self._add(f"moments/{key}/{name}", value)
 
-    def _on_gradient(self, name: str, reader: Reader, weight: Tensor, gradient: Tensor) -> None:
-        self._add(name, output_square(gradient, reader, weight))
+    def _on_gradient(self, name: str, reader: Reader, gradient: Tensor) -> None:
+        self._add(name, output_square(gradient, reader))
 
     def _column(self, reader: Reader) -> Tensor:
         """The probe's column for each position that the reader reads, (P,)."""
@@ -400,7 +401,7 @@ class _Collector:
         loss = F.cross_entropy(logits.float(), targets, reduction="sum")
         probe = [] if self._probe is None else [self._probe]
         weights = weights if "taylor" in self._evidence else {}
-        source = [self._source] if "sensitivity" in self._evidence else []
+        source = [] if self._source is None else [self._source]
         at = [*probe, *weights.values(), *source]
         gradients = torch.autograd.grad(loss, at, allow_unused=True, materialize_grads=True)
         if probe:
@@ -453,7 +454,10 @@ class _Collector:
 
     def _add(self, name: str, value: Tensor) -> None:
         value = value.detach().cpu().double()
-        self.sums[name] = self.sums[name] + value if name in self.sums else value
+        if name in self.sums:
+            self.sums[name] += value
+        else:
+            self.sums[name] = value
 
 
 def _parameters(net: nn.Module) -> dict[str, nn.Parameter]:
@@ -464,9 +468,9 @@ def _call(net: nn.Module, inputs: Any) -> Any:
     return net(*inputs) if isinstance(inputs, tuple) else net(inputs)
 
 
-def _leaf(x: Any) -> Any:
-    """The same input, as one that gradients are taken of."""
-    return x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
+def _passing(source: Tensor, x: Any) -> Any:
+    """The same input, as one that gradients pass on the way to `source`, a zero; a net may write into it."""
+    return x + source.to(x.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def _labelled(output: Any, targets: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from sepress.types import Reader
 WIDEST = 4608  # variables of one covariance: a 3x3 convolution over 512 channels, 170 MB in float64
 ROWS_PER_VARIABLE = 8  # an image gives a row for every eight variables, so that 512 images give 64 a variable
 FEWEST_ROWS = 16  # of an image
+CONSTANT = 1e-10  # of its mean square: a variance that is none
 _CHUNK = 1 << 25  # unfolded values that are held at a time
 
 
@@ -63,8 +64,8 @@ def arrange(weight: Tensor, reader: Reader, form: Form) -> Tensor:
 def put(weight: Tensor, reader: Reader, form: Form, blocks: Tensor) -> None:
     """Write (blocks, outputs, variables) into a weight, in place: the inverse of `arrange`."""
     where = arrange(torch.arange(weight.numel()).view(weight.shape), reader, form)
-    values = torch.empty(weight.numel(), dtype=blocks.dtype)
-    values[where.flatten()] = blocks.flatten()
+    values = torch.empty(weight.numel(), dtype=weight.dtype)  # on the CPU: not every device has float64
+    values[where.flatten()] = blocks.flatten().to(weight.dtype)
     weight.copy_(values.view(weight.shape))
 
 
@@ -89,6 +90,9 @@ def from_sums(sums: Mapping[str, Tensor], key: str) -> Moments | None:
     mean = sums[f"moments/{key}/sum"] / rows
     square = sums[f"moments/{key}/square"] / rows
     covariance = square - mean[:, :, None] * mean[:, None, :]
+    # What varies by less is constant but for float32's rounding, and its variance but for float64's.
+    varies = covariance.diagonal(dim1=1, dim2=2) > CONSTANT * square.diagonal(dim1=1, dim2=2)
+    covariance *= varies[:, :, None] & varies[:, None, :]
     return Moments(int(rows), mean, (covariance + covariance.mT) / 2, plain == calls)
 
 
@@ -128,10 +132,10 @@ def moment_sums(
     return {"rows": torch.tensor([count, 1, int(own)], dtype=torch.float64), "sum": total, "square": square}
 
 
-def output_square(gradient: Tensor, reader: Reader, weight: Tensor) -> Tensor:
+def output_square(gradient: Tensor, reader: Reader) -> Tensor:
     """The sum over all places of g g^T, g the gradient at a layer's outputs, by block: (B, O, O), float64."""
     g = gradient.detach().float()
-    g = g.movedim(1, -1) if weight.dim() > 2 else g
+    g = g.movedim(1, -1) if _convolves(reader) else g
     rows = g.reshape(-1, reader.groups, g.shape[-1] // reader.groups).transpose(0, 1)  # (B, R, O)
     return (rows.mT @ rows).cpu().double()
 
@@ -164,37 +168,43 @@ def rows_read(
         part = x[first : first + most]
         here = chosen[(chosen >= first * places) & (chosen < (first + len(part)) * places)]
         at = (here - first * places).to(x.device)
-        yield here, _blocks(_unfold(part, call, weight)[at // places, at % places], form)
+        if len(here):
+            yield here, _blocks(_unfold(part, call)[at // places, at % places], form)
 
 
 def is_exact(reader: Reader, weight: Tensor, form: Form) -> bool:
     """Whether a row times the arranged weight is what the layer gives at one place, without its bias."""
-    return _is_unfolded(reader, weight, form) or weight.dim() <= 2
+    return _is_unfolded(reader, weight, form) or not _convolves(reader)
 
 
-def rows_given(call: ReaderCall, weight: Tensor, chosen: Tensor) -> Tensor:
+def rows_given(reader: Reader, call: ReaderCall, chosen: Tensor) -> Tensor:
     """What a layer of an exact form gives at the chosen places, (R, O)."""
     y = call.result.detach().float()
-    y = y.movedim(1, -1) if weight.dim() > 2 else y
+    y = y.movedim(1, -1) if _convolves(reader) else y
     return y.reshape(-1, y.shape[-1])[chosen.to(y.device)]
 
 
 def _is_unfolded(reader: Reader, weight: Tensor, form: Form) -> bool:
     """Whether rows are what a kernel sees, and not single places of the input."""
-    if weight.dim() <= 2 or reader.transposed:
+    if not _convolves(reader) or reader.transposed:
         return False
     return form.taps > 1 or weight.shape[2:].numel() == 1
 
 
-def _unfold(x: Tensor, call: ReaderCall, weight: Tensor) -> Tensor:
+def _convolves(reader: Reader) -> bool:
+    """Whether channels lie behind the images, and places behind the channels."""
+    return reader.site.function.startswith("conv")
+
+
+def _unfold(x: Tensor, call: ReaderCall) -> Tensor:
     """What the kernel sees at every place, (N, L, C x taps), by the layer's own kind of convolution.
 
     A kernel that is 1 at one tap picks that tap, with the stride, padding and dilation of the call.
     """
-    kernel = weight.shape[2:]
-    taps = kernel.numel()
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     given = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
+    kernel = given["weight"].shape[2:]
+    taps = kernel.numel()
     geometry = {name: given[name] for name in ("stride", "padding", "dilation") if name in given}
     pick = torch.eye(taps, dtype=x.dtype, device=x.device).reshape(taps, 1, *kernel)
     seen = call.function(x.reshape(-1, 1, *x.shape[2:]), pick, **geometry)  # (N C, taps, ...)

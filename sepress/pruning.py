@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -132,8 +132,7 @@ def prune_channels(
     plan = how if isinstance(how, PruningPlan) else plan_pruning(ranking, coupling, policy=how)
     for _ in range(MAX_REPLANS):
         whole = net if moments is None else copy.deepcopy(net)
-        if moments is not None:
-            refit_readers(whole, coupling, moments, plan.removed)
+        refits = None if moments is None else refit_readers(whole, coupling, moments, plan.removed)
         pruned = copy.deepcopy(whole)
         apply_removal(pruned, coupling, plan.removed)
         with console.working("checking that masked = removed"):
@@ -160,6 +159,8 @@ def prune_channels(
             f"masked = removed can't be told: {check.reason}",
             remedy="Calibrate on real, different images and a trained net, or pass --allow-vacuous.",
         )
+    if refits is not None:
+        plan = replace(plan, notes=(*plan.notes, *refits.notes()))
     return Surgery(pruned, plan, coupling, check)
 
 
@@ -282,7 +283,7 @@ def prune(
             allow_vacuous=allow_vacuous,
         )
         restore(surgery, base, batches, compensate=compensate, images=recalibration_images, device=place)
-    report = _api_report(base, surgery, ranking, images[:1], criterion=criterion, calibrated=stats.images)
+    report = _api_report(base, surgery, ranking, images[:1], calibrated=stats.images)
     pruned = surgery.net.to(home)
     for given, made in zip(net.modules(), pruned.modules(), strict=True):
         made.training = given.training  # a norm that was frozen stays so
@@ -324,7 +325,7 @@ def limited(batches: Iterable[Batch], images: int) -> Iterator[Tensor]:
 
 
 def _api_report(
-    base: nn.Module, surgery: Surgery, ranking: Ranking, example: Tensor, *, criterion: str, calibrated: int
+    base: nn.Module, surgery: Surgery, ranking: Ranking, example: Tensor, *, calibrated: int
 ) -> Report:
     missing = dict.fromkeys(("split", "n", "top1", "top5", "loss"), "no evaluation data in this call")
     missing |= dict.fromkeys(("bytes", "latency_ms", "latency"), "not exported: see sepress.export_onnx")
@@ -343,7 +344,7 @@ def _api_report(
         },
         artifacts=dict.fromkeys(("model", "onnx", "plan", "report")),
         environment=environment(),
-        criterion=criterion,
+        criterion=ranking.criterion,
         notes=tuple(
             itertools.chain(ranking.warnings, surgery.plan.notes, [f"calibrated on {calibrated} inputs"])
         ),

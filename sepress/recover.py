@@ -33,7 +33,7 @@ from sepress.moments import (
     rows_read,
     uses_itself,
 )
-from sepress.reconstruct import regularised
+from sepress.reconstruct import biased, factorise, readers_by_parameter
 from sepress.types import Reader, Removed
 
 STEP = 0.5  # of the way to the least-squares fit: whole steps of all layers at once overshoot
@@ -54,8 +54,8 @@ def recover(
 
     Norms are estimated by `recalibrate` before, between and after.
     `coupling` is the base's, `removed` what was cut from it; `batches` can be read more than once. Layers
-    that the fit is not exact for (transposed, very wide, or with a computed weight), depthwise ones and those
-    that read no channel of a group stay as they are.
+    that the fit is not exact for (transposed, very wide, or with a computed weight), those that share a
+    weight and not its bias, depthwise ones and those that read no channel of a group stay as they are.
     """
     recalibrate(pruned)
     if not passes:
@@ -102,7 +102,7 @@ class _Layer:
             return
         places = places_of(self.reader, call, self.weight, self.form)
         self.chosen[number] = choose_places(images, places // images, self.form, seed=seed)
-        rows = rows_given(call, self.weight, self.chosen[number])  # (R, O)
+        rows = rows_given(self.reader, call, self.chosen[number])  # (R, O)
         rows = rows[:, self.surviving.to(rows.device)]
         self.given[number] = rows.reshape(len(rows), self.form.blocks, -1).transpose(0, 1)
 
@@ -134,7 +134,7 @@ class _Layer:
         cross = self._cross / self._rows - given[:, :, None] * read[:, None, :]
         old = arrange(self.weight.detach().cpu().double(), self.reader, self.form)  # (B, O, D)
         steps = [
-            torch.linalg.solve(regularised(c), (d - w @ c).T).T
+            torch.cholesky_solve((d - w @ c).T, factorise(c)[0]).T
             for w, c, d in zip(old, covariance, cross, strict=True)
         ]
         new = old + STEP * torch.stack(steps)
@@ -142,20 +142,27 @@ class _Layer:
         bias = getattr(self.module, "bias", None)
         if isinstance(bias, Tensor):
             with torch.no_grad():
-                bias.copy_((given - (new @ read[:, :, None])[:, :, 0]).flatten())
+                bias.copy_((given - (new @ read[:, :, None])[:, :, 0]).flatten().to(bias.dtype))
         self._clear()
 
 
 def _layers(net: nn.Module, own: Coupling, coupling: Coupling, removed: Removed) -> list[_Layer]:
     modules = dict(net.named_modules())
+    before = readers_by_parameter(coupling)
     layers = []
-    for parameter, reader in {r.parameter: r for r in reversed(own.readers)}.items():
+    for parameter, readers in readers_by_parameter(own).items():
         owner, _, name = parameter.rpartition(".")
+        ways = {reader.dim for reader in readers} | {reader.dim for reader in before[parameter]}
+        if (
+            len(ways) > 1
+            or len(readers) != len(before[parameter])
+            or len(biased(modules, owner, readers)) > 1
+        ):
+            continue
         weight = getattr(modules[owner], name)
-        outputs = 1 - reader.dim if weight.dim() == 2 else 0
-        layers.append(
-            _Layer(modules[owner], weight, reader, _surviving(coupling, removed, parameter, outputs))
-        )
+        outputs = 1 - readers[0].dim if weight.dim() == 2 else 0
+        surviving = _surviving(coupling, removed, parameter, outputs)
+        layers.append(_Layer(modules[owner], weight, readers[0], surviving))
     return layers
 
 
@@ -198,7 +205,8 @@ def _collect(
             by_weight[reader.parameter].see_base(first[id(reader)], call, images, seed)
 
     def on_own(reader: Reader, call: ReaderCall) -> None:
-        by_weight[reader.parameter].see_own(second[id(reader)], call)
+        if reader.parameter in by_weight:
+            by_weight[reader.parameter].see_own(second[id(reader)], call)
 
     with Taps(base, coupling, on_call=on_base):
         base(*arguments)
