@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from sepress import console
 from sepress.compare import Table, read_method
-from sepress.defaults import CRITERION
+from sepress.defaults import METHOD
 from sepress.errors import InputError
 from sepress.recipe import (
     HELP,
@@ -100,7 +100,7 @@ class Benchmark(Settings):
     split: Literal["test", "val"] = "test"  # choices are made on val
     calibration_images: Count = PruneStage.model_fields["calibration_images"].default
     recalibration_images: Count = PruneStage.model_fields["recalibration_images"].default
-    scope: Scope = Policy.scope
+    scope: Scope = "per-group"  # of methods that name none
     round_to: Count = Policy.round_to
     min_width: Count = Policy.min_width
     finetune: FinetuneStage | None = None
@@ -121,7 +121,7 @@ class Benchmark(Settings):
     def reference(self) -> str:
         """The method that the others are tested against."""
         methods = [method for part in self.compare for method in part.methods]
-        return self.against or (CRITERION if CRITERION in methods else methods[0])
+        return self.against or (METHOD if METHOD in methods else methods[0])
 
 
 def load_benchmark(name: str, overrides: Sequence[str] = ()) -> Benchmark:

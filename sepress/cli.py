@@ -22,7 +22,7 @@ import typer.models
 from typer.core import TyperGroup
 
 from sepress import console
-from sepress.defaults import CRITERION
+from sepress.defaults import METHOD
 from sepress.errors import InputError, SepressError
 
 if TYPE_CHECKING:
@@ -159,9 +159,9 @@ class CriterionOptions(OptionGroup):
         str | None,
         typer.Option(
             "--criterion",
-            help="contribution (default), fisher-reconstruction, reconstruction, fisher, gate-taylor, "
-            "mean-excitation, class-excitation, excitation-spread, l1, l2, lamp, bn-scale, fpgm, "
-            "group-taylor, hessian or random.",
+            help="auto (the default: reconstruction), fisher-reconstruction, contribution, fisher, "
+            "gate-taylor, mean-excitation, class-excitation, excitation-spread, l1, l2, lamp, bn-scale, "
+            "fpgm, group-taylor, hessian or random.",
         ),
     ] = None
 
@@ -193,7 +193,11 @@ class PlanOptions(OptionGroup):
     section = "stage"
 
     scope: Annotated[
-        str | None, typer.Option("--scope", help="per-group (default), global, isomorphic or knapsack.")
+        str | None,
+        typer.Option(
+            "--scope",
+            help="auto (knapsack where the criterion predicts losses), per-group, global, isomorphic.",
+        ),
     ] = None
     round_to: Annotated[
         int | None,
@@ -839,7 +843,7 @@ def compare(
         typer.Option(
             "--methods",
             metavar="NAME,...",
-            help="A criterion, then +refit, @SCOPE or both: l2+refit@global; or scratch. All criteria.",
+            help="A criterion, then +refit, @SCOPE or both: l2+refit@global; or scratch. (All.)",
             rich_help_panel="Ranking",
         ),
     ] = "",
@@ -875,8 +879,8 @@ def compare(
         draft.stage("finetune", epochs=finetune_epochs)
     recipe = draft.stage("evaluate", evaluation).set(settings).recipe("compared")
     ((target, values),) = points.items()  # exactly one, or there was no recipe
-    names = [name.strip() for name in methods.split(",")] if methods else list(CRITERIA)
-    held = against or (CRITERION if CRITERION in names else names[0])
+    names = [name.strip() for name in methods.split(",")] if methods else [METHOD, *CRITERIA[1:]]
+    held = against or (METHOD if METHOD in names else names[0])
     with _stdout_kept():
         from sepress import stages
 

@@ -104,8 +104,12 @@ def rank_channels(
     seed: int = 0,
     data_id: str = "",
 ) -> tuple[Ranking, ExcitationStats]:
-    """Measure what the criterion needs, the gates always, and what compensation takes; score every group."""
-    evidence = get_criterion(criterion).needs | {"excitation"} | ({"moments"} if compensate else frozenset())
+    """Measure what the criterion and compensation need, gates and dead channels always; score all groups."""
+    evidence = (
+        get_criterion(criterion).needs
+        | {"excitation", "contribution"}
+        | ({"moments"} if compensate else frozenset())
+    )
     stats = calibrate(net, coupling, batches, evidence=evidence, device=device, data_id=data_id)
     return rank(coupling, stats, criterion=criterion, net=net, seed=seed), stats
 

@@ -58,9 +58,9 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 # fmt: off
 CriterionName = Literal[
-    "fisher-reconstruction", "reconstruction", "contribution", "fisher", "gate-taylor", "mean-excitation",
-    "class-excitation", "excitation-spread", "l1", "l2", "lamp", "bn-scale", "fpgm", "group-taylor",
-    "hessian", "random",
+    "auto", "fisher-reconstruction", "reconstruction", "contribution", "fisher", "gate-taylor",
+    "mean-excitation", "class-excitation", "excitation-spread", "l1", "l2", "lamp", "bn-scale", "fpgm",
+    "group-taylor", "hessian", "random",
 ]
 # fmt: on
 CRITERIA: tuple[str, ...] = get_args(CriterionName)

@@ -322,6 +322,8 @@ def compare_model(
             remedy="Name a target_macs.",
         )
     point, policy = split_policy(policy_of(settings))
+    if policy.scope == "auto":  # rows without a scope of their own share one
+        policy = replace(policy, scope="per-group")
     finetune = train_config(recipe, stage["finetune"]) if "finetune" in stage else None
     from_scratch = any(method.from_scratch for method in chosen)
     comparison = Comparison(

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 JSON = Any  # what json.dumps takes without a default
 Role = Literal["gated", "ungated", "se_hidden", "frozen"]
-Scope = Literal["per-group", "global", "isomorphic", "knapsack"]  # which channels compete, and by what
+# Which channels compete, and by what; auto: knapsack where the ranking has costs, else per-group.
+Scope = Literal["auto", "per-group", "global", "isomorphic", "knapsack"]
 Removed = Mapping[str, "tuple[int, ...]"]  # group name -> sorted units that go
 
 
@@ -178,7 +179,7 @@ class Policy:
     ratio: float | None = None  # the fraction of prunable channels removed
     target_macs: float | None = None  # of the base
     target_params: float | None = None  # of the base
-    scope: Scope = "per-group"
+    scope: Scope = "auto"
     round_to: int = 8  # ORT's blocked layout; tensor cores
     min_width: int = 8
     gated_only: bool = False

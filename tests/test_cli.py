@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import sepress
 from sepress import cli
-from sepress.defaults import CRITERION
+from sepress.defaults import METHOD
 from sepress.errors import CheckError, ConstraintError, InputError, SepressError
 from sepress.recipe import (
     CRITERIA,
@@ -281,22 +281,22 @@ def test_compare_takes_methods_points_seeds_and_their_models(stages: Stages) -> 
 
 
 def test_methods_are_held_against_the_default_where_it_is_among_them(stages: Stages) -> None:
-    call(f"compare model.pt --methods l2,{CRITERION} --ratio 0.3")
-    assert stages.arguments["against"] == CRITERION
-    call(f"compare model.pt --methods l2,{CRITERION} --ratio 0.3 --against l2")
+    call(f"compare model.pt --methods l2,{METHOD} --ratio 0.3")
+    assert stages.arguments["against"] == METHOD
+    call(f"compare model.pt --methods l2,{METHOD} --ratio 0.3 --against l2")
     assert stages.arguments["against"] == "l2"
 
 
 @pytest.mark.parametrize("verb", ["rank", "prune"])
 def test_help_lists_every_criterion(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    words = re.split(r"[\s,.│]+", call(f"{verb} --help").stdout)
+    words = re.split(r"[\s,.│()]+", call(f"{verb} --help").stdout)
     assert set(CRITERIA) <= set(words)
 
 
 def test_compare_takes_every_criterion_where_none_is_named(stages: Stages) -> None:
     assert call("compare model.pt --ratio 0.3").exit_code == 0
-    assert stages.arguments["methods"] == list(CRITERIA)
+    assert stages.arguments["methods"] == [METHOD, *CRITERIA[1:]]
 
 
 def test_benchmark_takes_a_file_settings_and_a_folder_and_prints_every_table(stages: Stages) -> None:
@@ -341,10 +341,10 @@ def test_defaults_in_the_help_are_the_recipes() -> None:
             "prune model.pt --ratio 0.3 --round-to 0",
             "--round-to: should be greater than or equal to 1, not 0",
         ),
-        ("prune model.pt --ratio 0.3 --criterion magic", "--criterion: should be 'fisher-reconstruction'"),
+        ("prune model.pt --ratio 0.3 --criterion magic", "--criterion: should be 'auto'"),
         (
             "prune model.pt --ratio 0.3 --scope all",
-            "--scope: should be 'per-group', 'global', 'isomorphic' or 'knapsack', not 'all'",
+            "--scope: should be 'auto', 'per-group', 'global', 'isomorphic' or 'knapsack', not 'all'",
         ),
         ("prune model.pt --ratio 0.3 --override a", "--override a: expected PATTERN=RATIO"),
         ("prune model.pt --ratio 0.3 --override a=b", "--override"),

@@ -438,7 +438,7 @@ def test_channels_that_are_always_zero_are_warned_of_and_score_zero(
 ) -> None:
     net.block2.norm1.weight[[1, 4]] = 0
     net.block2.norm1.bias[[1, 4]] = -1
-    ranking = rank(coupling, measure(net, coupling, batch), net=net)
+    ranking = rank(coupling, measure(net, coupling, batch), criterion="contribution", net=net)
     assert ranking.warnings == ("2 channels are zero on every calibration image: 2 of block2.conv1",)
     assert [ranking.scores["block2.conv1"][i] for i in (1, 4)] == [0, 0]
 

@@ -32,7 +32,7 @@ from sepress.plan.structure import classes, structure
 from sepress.types import CouplingGroup, Member, Policy, PruningPlan, Ranking
 
 SEEDS = range(12)
-OVER_GROUPS = [scope for scope in SCOPES if scope != "per-group"]
+OVER_GROUPS = [scope for scope in SCOPES if scope not in ("auto", "per-group")]
 
 
 def group(name: str, width: int, *, units: int | None = None, role: str = "ungated") -> CouplingGroup:
@@ -91,7 +91,9 @@ def ranking(net: Chain, *, seed: int = 0, scores: Mapping[str, tuple[float, ...]
 def plan(
     net: Chain, *, seed: int = 0, scores: Mapping[str, tuple[float, ...]] | None = None, **policy: object
 ) -> PruningPlan:
-    return plan_pruning(ranking(net, seed=seed, scores=scores), net, policy=Policy(**policy))  # type: ignore[arg-type]
+    return plan_pruning(
+        ranking(net, seed=seed, scores=scores), net, policy=Policy(**{"scope": "per-group", **policy})
+    )  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -455,7 +457,7 @@ def test_knapsack_loses_no_more_than_uniform_widths_at_the_same_macs(seed: int) 
     net = random_bank(seed, 10, 64, (1, 3, 9))
     made = ranking(net, seed=seed)
     for ratio in (0.25, 0.5, 0.625):
-        uniform = plan_pruning(made, net, policy=Policy(ratio=ratio))
+        uniform = plan_pruning(made, net, policy=Policy(ratio=ratio, scope="per-group"))
         share = uniform.macs_after / uniform.macs_before
         ours = plan_pruning(made, net, policy=Policy(target_macs=share, scope="knapsack"))
         assert ours.macs_after <= uniform.macs_after
@@ -609,7 +611,7 @@ def test_a_large_net_plans_in_under_a_second() -> None:
 
     slow = Slow(net.groups, net.positions)
     started = time.process_time()
-    plan_pruning(scores, slow, policy=Policy(target_macs=0.5))
+    plan_pruning(scores, slow, policy=Policy(target_macs=0.5, scope="per-group"))
     assert time.process_time() - started < 2  # 0.5 s on an idle core; test machines are shared
     assert calls < 200
 
@@ -736,7 +738,7 @@ def test_a_group_without_scores_is_refused() -> None:
         ({"target_params": float("inf")}, "target_params is inf"),
         (
             {"ratio": 0.3, "scope": "layer"},
-            "scope is 'layer'; expected one of per-group, global, isomorphic, knapsack",
+            "scope is 'layer'; expected one of auto, per-group, global, isomorphic, knapsack",
         ),
         ({"ratio": 0.3, "round_to": 0}, "round_to is 0"),
         ({"ratio": 0.3, "round_to": 2.5}, "round_to is 2.5"),

@@ -42,7 +42,9 @@ def test_the_given_net_its_mode_hooks_gradients_and_the_random_state_are_left_as
 
 
 def test_a_ratio_removes_that_share_of_the_channels_and_the_report_counts_what_is_left() -> None:
-    result = sepress.prune(small_net(), calibration=images(), ratio=0.5, round_to=1, min_width=1)
+    result = sepress.prune(
+        small_net(), calibration=images(), ratio=0.5, round_to=1, min_width=1, scope="per-group"
+    )
     groups = [row for row in result.report.groups if row.role != "frozen"]
     before, after = (sum(getattr(row, name) for row in groups) for name in ("width_before", "width_after"))
     assert abs(after / before - 0.5) < 0.03
@@ -184,7 +186,7 @@ def test_inline_gates_in_one_two_and_three_dimensions_are_found_pruned_and_exact
     net = Signals(dims)
     x = torch.randn(12, 2, *[9] * dims)
     assert [gate.channels for gate in sepress.find_gates(net, x[:1])] == [32]
-    result = sepress.prune(net, calibration=x, ratio=0.3)
+    result = sepress.prune(net, calibration=x, ratio=0.3, scope="per-group")
     assert result.report.checks["masked_equals_removed"].passed is True
     assert result.net.stem.weight.shape[0] == 24
     assert result.net(x)["logits"].shape == (12, 5)

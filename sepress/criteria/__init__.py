@@ -18,7 +18,7 @@ from sepress.criteria.gradients import fisher, gate_taylor
 from sepress.criteria.judging import Criterion, Facts
 from sepress.criteria.reconstruction import fisher_reconstruction, reconstruction
 from sepress.criteria.weights import bn_scale, fpgm, group_taylor, hessian, l1, l2, lamp, random
-from sepress.defaults import CRITERION
+from sepress.defaults import AUTO, CRITERION
 from sepress.errors import InputError
 from sepress.types import Ranking
 
@@ -58,10 +58,12 @@ CRITERIA: dict[str, Criterion] = {c.name: c for c in (
 
 
 def get_criterion(name: str) -> Criterion:
-    """Return the criterion of that name, or raise an InputError that lists the known ones."""
-    if name not in CRITERIA:
-        raise InputError(f"unknown criterion '{name}'", remedy=f"Choose one of: {', '.join(CRITERIA)}.")
-    return CRITERIA[name]
+    """Return the criterion of that name, or raise an InputError that lists all; auto is one of them."""
+    known = AUTO if name == "auto" else name
+    if known not in CRITERIA:
+        names = ", ".join(("auto", *CRITERIA))
+        raise InputError(f"unknown criterion '{name}'", remedy=f"Choose one of: {names}.")
+    return CRITERIA[known]
 
 
 def rank(
@@ -81,7 +83,8 @@ def rank(
     missing = chosen.needs - (stats.evidence if stats else frozenset())
     if missing:
         raise InputError(
-            f"criterion '{criterion}' needs statistics that were not collected: {', '.join(sorted(missing))}",
+            f"criterion '{chosen.name}' needs statistics that were not collected: "
+            f"{', '.join(sorted(missing))}",
             remedy="Calibrate for this criterion.",
         )
     facts = Facts(coupling, net, seed, stats)
@@ -99,7 +102,7 @@ def rank(
             if mean is not None:
                 excitation[group.name] = tuple(mean.tolist())
     return Ranking(
-        criterion=criterion,
+        criterion=chosen.name,
         scores={name: tuple(j.scores.tolist()) for name, j in judged.items()},
         evidence={name: j.evidence for name, j in judged.items()},
         mean_excitation=excitation,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from typing import NamedTuple, cast
 
@@ -23,6 +24,7 @@ def plan_pruning(ranking: Ranking, coupling: Countable, *, policy: Policy) -> Pr
     a policy that can't be met (saying what is reachable), a pattern that matches nothing, a ranking of
     another net, a ranking without costs under the knapsack scope, and a plan that would remove nothing.
     """
+    policy = resolve_scope(policy, ranking, coupling)
     own, fixed, free, notes = _ladders(ranking, coupling, policy)
     schedule = build_schedule(free, ranking, coupling, policy)
     if policy.ratio is not None:
@@ -57,9 +59,17 @@ def plan_pruning(ranking: Ranking, coupling: Countable, *, policy: Policy) -> Pr
     )
 
 
+def resolve_scope(policy: Policy, ranking: Ranking, coupling: Countable) -> Policy:
+    """The policy, with what 'auto' stands for: the knapsack needs the cost of removal in every group."""
+    if policy.scope != "auto":
+        return policy
+    known = all(group.name in ranking.costs for group in coupling.prunable())
+    return replace(policy, scope="knapsack" if known else "per-group")
+
+
 def smallest_macs(ranking: Ranking, coupling: Countable, *, policy: Policy) -> int:
     """The MACs of the smallest net that the policy allows, whatever its target; InputErrors as above."""
-    _, fixed, free, _ = _ladders(ranking, coupling, policy)
+    _, fixed, free, _ = _ladders(ranking, coupling, resolve_scope(policy, ranking, coupling))
     return coupling.count_macs({**fixed, **removal(free, [len(ladder.sizes()) for ladder in free])})
 
 
