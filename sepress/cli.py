@@ -196,7 +196,8 @@ class PlanOptions(OptionGroup):
         str | None,
         typer.Option(
             "--scope",
-            help="auto (knapsack where the criterion predicts losses), per-group, global, isomorphic.",
+            help="auto (knapsack where the criterion predicts losses; in compare per-group), per-group, "
+            "global, isomorphic or knapsack.",
         ),
     ] = None
     round_to: Annotated[
@@ -409,7 +410,7 @@ class Draft:
         for name, flag in _flags(type(group)).items():
             self.marks[*path, name] = flag
             value = getattr(group, name)
-            if value is None or value is False or value == []:
+            if value in (getattr(type(group), name, None), []):
                 continue  # not typed
             place: Any = self.values
             for key in path:
@@ -707,7 +708,7 @@ def prune(
         raise InputError(
             "--dry-run makes a plan, and --plan gives one", remedy="Leave out one of the two; see plan.json."
         )
-    if dry_run and (schedule.within or schedule.steps):
+    if dry_run and (schedule.within or (schedule.steps or 1) > 1):
         raise InputError(
             "--dry-run makes no net, and --within and --steps plan by those they make",
             remedy="Leave out --dry-run, or plan for a --target-macs.",
@@ -878,7 +879,8 @@ def compare(
     if finetune_epochs:
         draft.stage("finetune", epochs=finetune_epochs)
     recipe = draft.stage("evaluate", evaluation).set(settings).recipe("compared")
-    ((target, values),) = points.items()  # exactly one, or there was no recipe
+    expected = "fractions with commas between, such as 0.5,0.25"
+    values = [v for name, text in points.items() for v in _numbers(text, _option(name), float, expected)]
     names = [name.strip() for name in methods.split(",")] if methods else [METHOD, *CRITERIA[1:]]
     held = against or (METHOD if METHOD in names else names[0])
     with _stdout_kept():
@@ -888,9 +890,7 @@ def compare(
             recipe,
             methods=names,
             seeds=_numbers(seeds, "--seeds", int, "whole numbers with commas between, such as 0,1,2"),
-            values=_numbers(
-                values, _option(target), float, "fractions with commas between, such as 0.5,0.25"
-            ),
+            values=values,  # of one target, or there was no recipe; none where --set names it
             models=models or (),
             against=held,
             out=out,

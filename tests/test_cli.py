@@ -233,6 +233,12 @@ def test_prune_searches_within_a_constraint_or_goes_in_steps(stages: Stages) -> 
     assert stepping.stages[0] == PruneStage(target_macs=0.3, steps=3, step_epochs=1)
 
 
+def test_compensation_can_be_switched_off(stages: Stages) -> None:
+    assert call("prune model.pt --ratio 0.3 --no-compensate").exit_code == 0
+    assert call("prune model.pt --ratio 0.3 --compensate").exit_code == 0
+    assert [recipe.stages[0].compensate for recipe in stages.recipes] == [False, True]
+
+
 def test_polarise_is_a_stage_of_its_own(stages: Stages) -> None:
     line = "polarise model.pt --epochs 2 --strength 0.3 --open-share 0.6 --lr 0.01 --data photos"
     assert call(line).exit_code == 0
@@ -278,6 +284,12 @@ def test_compare_takes_methods_points_seeds_and_their_models(stages: Stages) -> 
     assert prune == PruneStage(target_macs=0.5, calibration_images=64)
     assert finetune == FinetuneStage(epochs=2, lr=0.5)
     assert evaluate == EvaluateStage(split="val")
+
+
+def test_a_comparisons_target_may_be_set_as_a_key(stages: Stages) -> None:
+    assert call("compare model.pt --methods l2 --set stages.prune.target_macs=0.4").exit_code == 0
+    assert stages.recipes[0].stages[0] == PruneStage(target_macs=0.4)
+    assert stages.arguments["values"] == []
 
 
 def test_methods_are_held_against_the_default_where_it_is_among_them(stages: Stages) -> None:
