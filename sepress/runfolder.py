@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from sepress.digests import file_digest
@@ -80,8 +80,15 @@ class RunFolder:
         return None
 
     def finish(self, record: StageRecord) -> StageRecord:
-        """Append a record, with its files' digests, and write the state."""
+        """Append a record, with its files' digests, and write the state.
+
+        A file that an earlier stage wrote as well is from now on this stage's to vouch for.
+        """
         digests = {name: file_digest(self.file(name)) for name in record.artifacts.values()}
+        self._records = [
+            replace(r, digests={name: d for name, d in r.digests.items() if name not in digests})
+            for r in self._records
+        ]
         record = StageRecord(record.stage, record.artifacts, record.facts, digests)
         self._records.append(record)
         self._write()

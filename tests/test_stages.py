@@ -103,6 +103,16 @@ def test_finished_stages_are_reused_and_a_damaged_file_is_made_again(
     assert third.report.measurements == first.report.measurements
 
 
+def test_a_ranking_is_reused_although_pruning_wrote_one_of_its_own(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = {"rank": {"criterion": "l2", "calibration_images": 64}}
+    what = recipe(rank, PRUNE, model={"source": str(model)}, device="cpu")
+    first = stages.run_recipe(what, out=tmp_path / "run")
+    monkeypatch.setattr(stages, "STAGES", {})  # nothing can run
+    assert stages.run_recipe(what, out=tmp_path / "run").report == first.report
+
+
 def test_a_folder_of_another_recipe_or_of_other_files_is_refused(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     stages.run_recipe(prune_recipe(model), out=out)
