@@ -320,7 +320,8 @@ class _Collector:
         self._source = None
         if "sensitivity" in self._evidence:  # gradients have to pass every layer on their way to somewhere
             self._source = torch.zeros((), device=first.device, requires_grad=True)
-            inputs = tree_map(partial(_passing, self._source), inputs)
+            with torch.enable_grad():
+                inputs = tree_map(partial(_passing, self._source), inputs)
         probed = bool(self._evidence & {"fisher", "gate-taylor"})
         if probed:
             self._probe = first.new_ones((self._images, int(self._offsets[-1]) + 1), dtype=torch.float32)

@@ -24,7 +24,10 @@ from sepress.types import Reader, Removed
 
 RIDGE = 1e-3  # of each variable's own variance: what is less than that is not told from noise
 MOST_RIDGE = 1.0  # with which any covariance of this many rounding errors is definite
-REFINEMENTS = 4  # bring 1e-3, what the ridge holds back of an exact stand-in, to 1e-12
+LEAST_RIDGE = 1e-6  # float32's rounding in a covariance
+SHRINKAGE = 1e-2  # of a refit's ridge, times variables a row: best of four with 32, 64 and 128 images
+MEAN_WEIGHT = 1e-2  # of what a mean may not move by where no bias makes up for it, though a norm may
+REFINEMENTS = 4  # bring what a ridge of 1e-3 holds back of an exact stand-in to 1e-12
 _FLOOR = 1e-9  # of the mean variance, for variables that never vary
 
 
@@ -107,14 +110,13 @@ def regularised(covariance: Tensor, ridge: float = RIDGE) -> Tensor:
     return covariance + torch.diag(variance * ridge + (variance.mean() * _FLOOR or 1.0))
 
 
-def factorise(covariance: Tensor) -> tuple[Tensor, float]:
+def factorise(covariance: Tensor, ridge: float = RIDGE) -> tuple[Tensor, float]:
     """The Cholesky factor of the regularised covariance, and a lower bound of its condition.
 
     The bound is for variables scaled to one variance, on which the factor's accuracy depends: with the ridge
-    the condition is at most D / RIDGE, which float64 bears. Where rounding has made a covariance indefinite
+    the condition is at most D / ridge, which float64 bears. Where rounding has made a covariance indefinite
     all the same, the ridge grows tenfold until it is not.
     """
-    ridge = RIDGE
     while True:
         matrix = regularised(covariance, ridge)
         factor, failed = torch.linalg.cholesky_ex(matrix)
@@ -126,18 +128,22 @@ def factorise(covariance: Tensor) -> tuple[Tensor, float]:
                 "what a layer reads has a covariance that is far from definite",
                 remedy="Calibrate again, on images that the net was made for.",
             )
-        ridge *= 10
+        ridge = min(10 * ridge, MOST_RIDGE)
 
 
-def refit(weight: Tensor, covariance: Tensor, kept: Tensor) -> tuple[Tensor, float]:
+def refit(
+    weight: Tensor, covariance: Tensor, kept: Tensor, ridge: float = LEAST_RIDGE
+) -> tuple[Tensor, float]:
     """The weight (O, D), 0 outside `kept` (D,) bool, whose output is nearest to what it was; the condition.
 
     Of all weights on the kept variables the one that minimises E|(W - W') x|^2. The ridge holds back what is
     not told from noise; the rest of the step, refined (iterated Tikhonov regularisation), comes to the exact
     fit, so that what others can replace is replaced to rounding.
     """
+    if not kept.any():
+        return torch.zeros_like(weight), 1.0
     inside = covariance[kept][:, kept]
-    factor, condition = factorise(inside)
+    factor, condition = factorise(inside, ridge)
     target = covariance[kept][:, ~kept] @ weight[:, ~kept].T  # (K, O)
     stand_in = torch.zeros_like(target)
     for _ in range(REFINEMENTS):
@@ -231,8 +237,13 @@ class Refits:
         """The same in words, one sentence or two."""
         if not self.refitted and not self.left:
             return ()
-        worst = f", the worst with a condition of about {self.condition:.0e}" if self.refitted else ""
-        said = [f"Compensation refitted {len(self.refitted)} layers that read what goes{worst}."]
+        if self.refitted:
+            layers = (
+                "1 layer that reads" if len(self.refitted) == 1 else f"{len(self.refitted)} layers that read"
+            )
+            said = [f"Compensation refitted {layers} what goes; condition at least {self.condition:.0f}."]
+        else:
+            said = ["Compensation refitted no layer that reads what goes."]
         reasons: dict[str, list[str]] = defaultdict(list)
         for parameter, why in self.left.items():
             reasons[why].append(parameter)
@@ -267,13 +278,16 @@ def compensate(net: nn.Module, coupling: Coupling, stats: ExcitationStats, remov
         else:
             form = form_of(weight, readers[0])
             old = arrange(weight.detach().cpu().double(), readers[0], form)  # (B, O, D)
-            keep = torch.as_tensor(~gone).reshape(form.blocks, form.positions)
-            covariances = together(known).covariance
+            keep = torch.as_tensor(~gone).reshape(form.blocks, -1).repeat_interleave(form.taps, 1)
+            moments = together(known)
+            # A covariance is known the worse the fewer rows there are for its variables.
+            metric = moments.covariance
+            added = biases(modules, parameter, readers)
+            if not added:
+                metric = metric + MEAN_WEIGHT * moments.mean[:, :, None] * moments.mean[:, None, :]
+            ridge = max(LEAST_RIDGE, SHRINKAGE * form.variables / moments.rows)
             try:
-                fits = [
-                    refit(*block)
-                    for block in zip(old, covariances, keep.repeat_interleave(form.taps, 1), strict=True)
-                ]
+                fits = [refit(w, c, k, ridge) for w, c, k in zip(old, metric, keep, strict=True)]
             except SepressError:
                 left[parameter] = "what they read has no covariance that can be solved"
                 continue
@@ -281,36 +295,30 @@ def compensate(net: nn.Module, coupling: Coupling, stats: ExcitationStats, remov
             put(weight, readers[0], form, new)
             worst = max(worst, *(condition for _, condition in fits))
             fallen = old - new
-            for module, calls in biased(modules, owner, readers).items():
+            # Of the taps of a transposed kernel, a place gets one in every stride's worth.
+            share = math.prod(getattr(modules[owner], "stride", ())) if readers[0].transposed else 1
+            for bias, calls in added.items():
                 mean = together([known[call] for call in calls]).mean
-                _add_to_bias(module, (fallen @ mean[:, :, None]).flatten(), readers[0])
+                lost = (fallen @ mean[:, :, None]).reshape(len(bias), -1).sum(1) / share
+                with torch.no_grad():
+                    bias += lost.to(bias.dtype).to(bias.device)
             refitted.append(parameter)
     return Refits(tuple(refitted), left, worst)
 
 
-def biased(
-    modules: Mapping[str, nn.Module], owner: str, readers: Sequence[Reader]
-) -> dict[nn.Module, list[int]]:
-    """The modules that add a bias to what one weight gives, each with the ordinals of its calls."""
-    own = modules[owner]
-    found: dict[nn.Module, list[int]] = defaultdict(list)
+def biases(
+    modules: Mapping[str, nn.Module], parameter: str, readers: Sequence[Reader]
+) -> dict[Tensor, list[int]]:
+    """The biases that are added to what one weight gives, each with the ordinals of its calls."""
+    owner, _, name = parameter.rpartition(".")
+    found: dict[Tensor, list[int]] = defaultdict(list)
     for number, reader in enumerate(readers):
-        caller = modules[reader.site.module]
-        tied = getattr(caller, "weight", None) is getattr(own, "weight", None)
-        module = caller if tied else own  # the weight may be used by a function, from another module
-        if isinstance(getattr(module, "bias", None), Tensor):
-            found[module].append(number)
+        caller, own = modules[reader.site.module], modules[owner]
+        tied = getattr(caller, name, None) is getattr(own, name)  # or the weight is used from elsewhere
+        bias = getattr(caller if tied else own, "bias", None)
+        if name == "weight" and isinstance(bias, Tensor):
+            found[bias].append(number)
     return found
-
-
-@torch.no_grad()
-def _add_to_bias(module: nn.Module, fallen: Tensor, reader: Reader) -> None:
-    """Make up for the means that a layer's outputs have lost: (outputs,), or (outputs x taps,)."""
-    bias = module.bias
-    assert isinstance(bias, Tensor)
-    # Of the taps of a transposed kernel, a place gets one in every stride's worth.
-    share = math.prod(getattr(module, "stride", ())) if reader.transposed else 1
-    bias += (fallen.reshape(len(bias), -1).sum(1) / share).to(bias.dtype).to(bias.device)
 
 
 def readers_by_parameter(coupling: Coupling) -> dict[str, list[Reader]]:

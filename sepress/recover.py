@@ -33,7 +33,7 @@ from sepress.moments import (
     rows_read,
     uses_itself,
 )
-from sepress.reconstruct import biased, factorise, readers_by_parameter
+from sepress.reconstruct import biases, factorise, readers_by_parameter
 from sepress.types import Reader, Removed
 
 STEP = 0.5  # of the way to the least-squares fit: whole steps of all layers at once overshoot
@@ -78,8 +78,8 @@ def recover(
 class _Layer:
     """One weight of the pruned net: the calls that use it, here and in the base, and sums over their rows."""
 
-    def __init__(self, module: nn.Module, weight: Tensor, reader: Reader, surviving: np.ndarray) -> None:
-        self.module, self.weight, self.reader = module, weight, reader
+    def __init__(self, weight: Tensor, bias: Tensor | None, reader: Reader, surviving: np.ndarray) -> None:
+        self.weight, self.bias, self.reader = weight, bias, reader
         self.form: Form = form_of(weight, reader)
         self.surviving = torch.as_tensor(surviving)  # of the base's outputs, (O,) bool
         self.plain = is_exact(reader, weight, self.form)  # until a call shows another
@@ -139,10 +139,10 @@ class _Layer:
         ]
         new = old + STEP * torch.stack(steps)
         put(self.weight, self.reader, self.form, new)
-        bias = getattr(self.module, "bias", None)
-        if isinstance(bias, Tensor):
+        if self.bias is not None:
+            mean = (given - (new @ read[:, :, None])[:, :, 0]).flatten()
             with torch.no_grad():
-                bias.copy_((given - (new @ read[:, :, None])[:, :, 0]).flatten().to(bias.dtype))
+                self.bias.copy_(mean.to(self.bias.dtype))
         self._clear()
 
 
@@ -152,17 +152,15 @@ def _layers(net: nn.Module, own: Coupling, coupling: Coupling, removed: Removed)
     layers = []
     for parameter, readers in readers_by_parameter(own).items():
         owner, _, name = parameter.rpartition(".")
-        ways = {reader.dim for reader in readers} | {reader.dim for reader in before[parameter]}
-        if (
-            len(ways) > 1
-            or len(readers) != len(before[parameter])
-            or len(biased(modules, owner, readers)) > 1
-        ):
-            continue
         weight = getattr(modules[owner], name)
+        ways = {reader.dim for reader in readers} | {reader.dim for reader in before[parameter]}
+        added = list(biases(modules, parameter, readers))
+        if len(ways) > 1 or len(readers) != len(before[parameter]) or len(added) > 1:
+            continue
+        bias = added[0] if added else None
         outputs = 1 - readers[0].dim if weight.dim() == 2 else 0
         surviving = _surviving(coupling, removed, parameter, outputs)
-        layers.append(_Layer(modules[owner], weight, readers[0], surviving))
+        layers.append(_Layer(weight, bias, readers[0], surviving))
     return layers
 
 
