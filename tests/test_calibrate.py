@@ -14,6 +14,7 @@ from sepress.calibrate import NEEDS_LABELS, ExcitationStats, calibrate, split_ba
 from sepress.coupling import Coupling, trace
 from sepress.errors import InputError
 from sepress.gates import Taps
+from tests import nets
 
 ALL = frozenset(
     {"excitation", "class-excitation", "contribution", "fisher", "gate-taylor", "taylor", "hessian"}
@@ -300,3 +301,54 @@ def test_a_batch_is_inputs_or_inputs_and_targets() -> None:
     assert split_batch((x, y)) == (x, y)
     assert split_batch([x, None]) == (x, None)
     assert split_batch([x, x]) == ((x, x), None)  # two inputs
+
+
+class InPlace(nn.Module):
+    """An input that is written into, and in-place activations directly behind convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3, groups=2)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x *= 2
+        x = F.relu(self.a(x), inplace=True)
+        x = F.relu(self.b(x), inplace=True)
+        return self.head(x.mean((2, 3)))
+
+
+def test_sensitivity_is_the_sum_of_outer_products_of_each_places_output_gradient(images: Tensor) -> None:
+    """By blocks of a grouped convolution, before its in-place activation; images stay as they were."""
+    net = nets.lively(InPlace())
+    targets = torch.arange(12) % 5
+    coupling = trace(net, images[:1].clone())
+    given = images.clone()
+    batches = [(given[:7], targets[:7]), (given[7:], targets[7:])]
+    with torch.no_grad():  # gradients are taken whatever the caller has switched off
+        stats = calibrate(net, coupling, batches, evidence=frozenset({"sensitivity"}), device="cpu")
+    assert not given.requires_grad
+    assert torch.equal(given, images)
+    x = net.a(2 * images).relu()
+    y = net.b(x)  # (N, 4, H, W)
+    logits = net.head(y.relu().mean((2, 3)))
+    loss = F.cross_entropy(logits, targets, reduction="sum")
+    at_y, at_logits = torch.autograd.grad(loss, [y, logits])
+    expected = torch.zeros(2, 2, 2, dtype=torch.float64)
+    for image in at_y.double():
+        for place in image.flatten(1).T:
+            for block, g in enumerate(place.split(2)):
+                expected[block] += torch.outer(g, g)
+    found = {reader.site.module: stats.sensitivity(reader) for reader in coupling.readers}
+    torch.testing.assert_close(found["b"], expected / 12, rtol=1e-4, atol=1e-9)
+    g = at_logits.double()
+    torch.testing.assert_close(found["head"], (g.T @ g / 12)[None], rtol=1e-4, atol=1e-9)
+
+
+def test_sensitivity_and_moments_do_not_change_the_other_evidence(net: Net, images: Tensor) -> None:
+    coupling = trace(net, images[:1])
+    batch = images, torch.arange(12) % 5
+    alone = calibrate(net, coupling, [batch], evidence=ALL, device="cpu")
+    more = calibrate(net, coupling, [batch], evidence=ALL | {"moments", "sensitivity"}, device="cpu")
+    for name, value in alone.sums.items():
+        torch.testing.assert_close(more.sums[name], value, rtol=1e-5, atol=1e-8)

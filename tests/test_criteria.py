@@ -1,6 +1,7 @@
 """Criteria: scores equal those made by hand, and every group is judged by something that is named."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from sepress.coupling import Coupling, trace
 from sepress.criteria import CRITERIA, get_criterion, rank
 from sepress.criteria.contribution import weight_energy
 from sepress.errors import InputError
+from sepress.reconstruct import order_groups
 from sepress.types import CallSite, Reader
 
 
@@ -448,3 +450,19 @@ def test_a_net_without_gates_is_told_so() -> None:
     coupling = trace(net, torch.randn(1, 3, 8, 8))
     ranking = rank(coupling, None, criterion="l2", net=net)
     assert ranking.warnings == ("no SE gate was found: channels are judged without excitation",)
+
+
+@pytest.mark.parametrize("criterion", ["reconstruction", "fisher-reconstruction"])
+def test_scores_of_a_reconstruction_are_the_losses_predicted_in_its_order(
+    net: Net, coupling: Coupling, batch: tuple[Tensor, Tensor], criterion: str
+) -> None:
+    stats = measure(net, coupling, batch)
+    ranking = rank(coupling, stats, criterion=criterion, net=net)
+    orders = order_groups(net, coupling, stats, felt=criterion != "reconstruction")
+    assert ranking.costs.keys() == orders.keys() == {group.name for group in coupling.prunable()}
+    for name, (order, steps, readers) in orders.items():
+        scores, costs = ranking.scores[name], ranking.costs[name]
+        assert sorted(range(len(scores)), key=lambda unit: (scores[unit], order.index(unit))) == order
+        assert costs == pytest.approx([0.0, *itertools.accumulate(steps)])
+        assert [scores[unit] for unit in order] == pytest.approx(costs[1:])
+        assert ranking.evidence[name].endswith(f"at {readers} reader{'s' * (readers > 1)}")

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from sepress.coupling import trace
 from sepress.errors import InputError, SepressError
-from sepress.gates import Taps, masking, mean_per_channel, spread
+from sepress.gates import ReaderCall, Taps, masking, mean_per_channel, spread
 
 
 class Excite(nn.Module):
@@ -168,3 +168,44 @@ def test_a_tensor_that_mixes_images_is_refused() -> None:
 def test_windows_folded_into_the_first_axis_belong_to_their_image() -> None:
     windows = torch.arange(12.0).view(6, 1, 2)  # 2 images of 3 windows, 2 channels on the last axis
     assert mean_per_channel(windows, 2, 2).tolist() == [[2, 3], [8, 9]]
+
+
+@torch.no_grad()
+def test_on_call_sees_what_each_layer_read_and_gave_and_changes_nothing(
+    net: InvertedNet, images: Tensor
+) -> None:
+    coupling = trace(net, images[:1])
+    plain = net(images)
+    seen: dict[str, ReaderCall] = {}
+    with Taps(net, coupling, on_call=lambda reader, call: seen.update({reader.site.module: call})):
+        assert torch.equal(net(images), plain)
+    assert set(seen) == {"widen", "se.squeeze", "se.expand", "project", "head"}
+    x = net.stem(images).relu()
+    assert torch.equal(seen["widen"].x, x)
+    assert torch.equal(seen["widen"].result, net.widen(x))
+    assert torch.equal(seen["head"].result, plain)
+    call = seen["project"]
+    assert torch.equal(call.function(*call.args, **call.kwargs), call.result)
+
+
+@torch.no_grad()
+def test_on_call_sees_the_operand_that_on_read_put_in_place(net: InvertedNet, images: Tensor) -> None:
+    coupling = trace(net, images[:1])
+    seen: dict[str, Tensor] = {}
+    with Taps(
+        net,
+        coupling,
+        on_read=lambda reader, x: x * 0 if reader.site.module == "head" else None,
+        on_call=lambda reader, call: seen.update({reader.site.module: call.x}),
+    ):
+        net(images)
+    assert not seen["head"].any()
+    assert seen["project"].any()
+
+
+@torch.no_grad()
+def test_on_call_stops_where_the_forward_is_not_the_traced_one(net: InvertedNet, images: Tensor) -> None:
+    coupling = trace(net, images[:1])
+    net.detour = True
+    with pytest.raises(SepressError, match="another path"), Taps(net, coupling, on_call=lambda *_: None):
+        net(images)
