@@ -84,7 +84,7 @@ class Inspection:
         if not self.trained:
             lines.append("Structure only: no weights were loaded.")
         if not self.coupling.gates:
-            lines.append("No Squeeze-and-Excitation gate was found: contribution judges every group.")
+            lines.append("No Squeeze-and-Excitation gate was found: criteria of excitation judge by L2.")
         table = Table(box=None, pad_edge=False)
         for header in ("group", "role", "width", "gates"):
             table.add_column(header, justify="right" if header in ("width", "gates") else "left")

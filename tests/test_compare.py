@@ -23,6 +23,7 @@ from sepress.compare.folder import pack, unpack
 from sepress.compare.plot import draw_pareto
 from sepress.compare.table import paired_difference
 from sepress.data import DataSource, DataSpec, open_data
+from sepress.defaults import METHOD
 from sepress.device import seeded
 from sepress.errors import InputError
 from sepress.models import build_net, build_spec
@@ -94,6 +95,7 @@ def test_a_method_is_named_as_it_is_written(text: str) -> None:
         ("l2+refit+refit", "no method"),
         ("", "no method"),
         ("l2@everywhere", "unknown scope 'everywhere'"),
+        ("l2@auto", "unknown scope 'auto'"),
         ("scratch+refit", "takes no"),
         ("scratch@global", "takes no"),
     ],
@@ -101,6 +103,10 @@ def test_a_method_is_named_as_it_is_written(text: str) -> None:
 def test_what_is_no_method_is_refused_and_how_one_is_written_is_said(text: str, message: str) -> None:
     with pytest.raises(InputError, match=message.replace("+", r"\+")):
         read_method(text)
+
+
+def test_auto_is_the_criterion_that_it_stands_for() -> None:
+    assert read_method("auto+refit@knapsack").name == METHOD
 
 
 def test_a_method_needs_what_its_criterion_and_its_refit_need() -> None:
@@ -113,6 +119,9 @@ def test_a_method_needs_what_its_criterion_and_its_refit_need() -> None:
     [
         ({"methods": ()}, "needs methods"),
         ({"seeds": (0, 0)}, "needs seeds, each once"),
+        ({"seeds": (-1,)}, "a seed is a whole number"),
+        ({"methods": (Method("l2", scope="knapsack"),)}, "'l2@knapsack': .* l2 does not predict it"),
+        ({"policy": Policy(scope="knapsack")}, "'contribution': the knapsack scope needs"),
         ({"points": (Point("target_macs", 1.5),)}, "target_macs is 1.5"),
         ({"methods": (Method("scratch"),)}, "how a net is trained from scratch is not known"),
     ],

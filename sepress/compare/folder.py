@@ -80,8 +80,12 @@ class Comparison:
             named = getattr(self, what)
             if not named or len(set(named)) < len(named):
                 raise InputError(f"a comparison needs {what}, each once")
+        if not all(0 <= seed < 2**32 for seed in self.seeds):
+            raise InputError("a seed is a whole number from 0 to 4294967295")
         for point in self.points:
             check_policy(point.policy(self.policy))
+        for method in (*self.methods, *([self.against] if self.against else [])):
+            method.policy(self.policy)  # its criterion suits its scope, or that is said now
         if self.scratch is None and any(method.from_scratch for method in self.methods):
             raise InputError("how a net is trained from scratch is not known", remedy="Leave 'scratch' out.")
 

@@ -6,13 +6,14 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sepress.criteria import get_criterion
+from sepress.criteria import CRITERIA, get_criterion
 from sepress.errors import InputError
 from sepress.plan import SCOPES
 from sepress.types import Policy, Scope
 
 SCRATCH = "scratch"  # the net of the uniform widths, trained from random weights: no channel is chosen
 REFIT = "refit"
+_SCOPES = tuple(scope for scope in SCOPES if scope != "auto")  # a row says what it was made by
 _FORM = re.compile(r"(?P<criterion>[^+@]+)(?P<refit>\+refit)?(?:@(?P<scope>.+))?")
 
 
@@ -41,8 +42,16 @@ class Method:
         return judged | {"excitation"} | ({"moments"} if self.refit else frozenset())
 
     def policy(self, common: Policy) -> Policy:
-        """The comparison's policy with this method's scope."""
-        return common if self.scope is None else replace(common, scope=self.scope)
+        """The common policy with this method's scope; InputError where its criterion can't serve it."""
+        policy = common if self.scope is None else replace(common, scope=self.scope)
+        if policy.scope == "knapsack" and not (self.from_scratch or get_criterion(self.criterion).predicts):
+            suited = ", ".join(criterion.name for criterion in CRITERIA.values() if criterion.predicts)
+            raise InputError(
+                f"'{self.name}': the knapsack scope needs what removal costs, and {self.criterion} does not "
+                "predict it",
+                remedy=f"Choose another scope, or one of the criteria that do: {suited}.",
+            )
+        return policy
 
 
 def read_method(text: str) -> Method:
@@ -56,9 +65,9 @@ def read_method(text: str) -> Method:
         if refit or scope:
             raise InputError(f"'{text}': training from scratch takes no +refit and no @scope", remedy=_HOW)
     else:
-        get_criterion(criterion)
-    if scope is not None and scope not in SCOPES:
-        raise InputError(f"'{text}': unknown scope '{scope}'", remedy=f"Choose one of: {', '.join(SCOPES)}.")
+        criterion = get_criterion(criterion).name  # what 'auto' stands for: a cell outlives the default
+    if scope is not None and scope not in _SCOPES:
+        raise InputError(f"'{text}': unknown scope '{scope}'", remedy=f"Choose one of: {', '.join(_SCOPES)}.")
     return Method(criterion, refit, scope)
 
 

@@ -1,7 +1,8 @@
 """Statistics and weights -> a score per channel: which channels a net can do without.
 
-The excitation of Squeeze-and-Excitation (Hu et al. 2018, sec. 6.4) gives `mean-excitation`; the contribution
-of the recalibrated channel to what reads it is the default. Every group is judged, and says by what.
+The excitation of Squeeze-and-Excitation (Hu et al. 2018, sec. 6.4) gives `mean-excitation`; what the readers
+of the recalibrated channel lose without it, `reconstruction`, is the default. Every group is judged, and says
+by what.
 """
 
 from __future__ import annotations
@@ -28,15 +29,16 @@ __all__ = ["CRITERIA", "Criterion", "get_criterion", "rank"]
 CRITERIA: dict[str, Criterion] = {c.name: c for c in (
     Criterion("fisher-reconstruction", frozenset({"moments", "sensitivity"}),
               fisher_reconstruction,
-              "what the loss feels of what its readers lose once the others stand in; needs labels"),
+              "what the loss feels of what its readers lose once the others stand in; needs labels",
+              predicts=True),
     Criterion("reconstruction", frozenset({"moments"}), reconstruction,
-              "what the layers that read a channel lose once the others stand in for it"),
+              "what the layers that read a channel lose once the others stand in for it", predicts=True),
     Criterion("contribution", frozenset({"contribution"}), contribution,
               "spread of the recalibrated channel times the weights that read it"),
     Criterion("fisher", frozenset({"fisher"}), fisher,
-              "squared gradient of a gate on the channel; needs labels"),
+              "squared gradient of a gate on the channel; needs labels", predicts=True),
     Criterion("gate-taylor", frozenset({"gate-taylor"}), gate_taylor,
-              "absolute gradient of a gate on the channel; needs labels"),
+              "absolute gradient of a gate on the channel; needs labels", predicts=True),
     Criterion("mean-excitation", frozenset({"excitation"}), mean_excitation,
               "mean of the SE gate over images"),
     Criterion("class-excitation", frozenset({"class-excitation"}), class_excitation,

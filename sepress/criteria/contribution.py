@@ -1,4 +1,4 @@
-"""How much of what its readers compute a recalibrated channel varies: the default."""
+"""How much of what its readers compute a recalibrated channel varies."""
 
 from __future__ import annotations
 

@@ -45,12 +45,16 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Criterion:
-    """A named way to score: `needs` is the evidence that calibration has to collect."""
+    """A named way to score: `needs` is the evidence that calibration has to collect.
+
+    With `predicts` it says what removal costs (`Judgement.costs`), as the knapsack scope needs it.
+    """
 
     name: str
     needs: frozenset[str]
     score: Callable[[Facts], dict[str, Judgement]]
     summary: str
+    predicts: bool = False
 
 
 def judged_by_l2(facts: Facts, group: CouplingGroup, *, because: str | None = None) -> Judgement:

@@ -101,6 +101,6 @@ def _losses(ladder: Ladder, ranking: Ranking) -> list[float]:
         raise InputError(
             f"The knapsack scope needs what the removal of units costs, and the ranking by "
             f"{ranking.criterion} does not say it for {ladder.name!r}.",
-            remedy="Criterion reconstruction does; the other scopes take any.",
+            remedy="Criteria reconstruction, fisher and gate-taylor say it; the other scopes take any.",
         )
     return [costs[units] for units in gone]
