@@ -158,7 +158,7 @@ def _whole_plan(
         *(note for surgery in surgeries for note in surgery.plan.notes),
     )
     return PruningPlan(
-        policy=policy,
+        policy=replace(policy, scope=surgeries[0].plan.policy.scope),  # what 'auto' came to
         criterion=surgeries[0].plan.criterion,
         removed=removed,
         widths_before=before,

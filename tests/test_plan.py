@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -485,6 +486,26 @@ def test_an_override_needs_no_costs() -> None:
     made = Ranking("reconstruction", scores, {}, costs={"a": (0.0, 1.0, 2.0, 3.0, 4.0)})
     policy = Policy(ratio=0.5, scope="knapsack", round_to=1, min_width=1, overrides={"b": 0.25})
     assert plan_pruning(made, net, policy=policy).removed == {"a": (0, 1), "b": (0,)}
+
+
+@pytest.mark.parametrize(
+    ("policy", "scope"),
+    [({}, "per-group"), ({"frozen": ("b",)}, "knapsack"), ({"overrides": {"b": 0.5}}, "knapsack")],
+)
+def test_auto_is_the_knapsack_where_costs_are_known_of_all_groups_that_it_chooses_for(
+    policy: dict[str, Any], scope: str
+) -> None:
+    net = chain(group("a", 4), group("b", 4))
+    scores = {"a": (1.0, 2.0, 3.0, 4.0), "b": (1.0, 2.0, 3.0, 4.0)}
+    made = Ranking("reconstruction", scores, {}, costs={"a": (0.0, 1.0, 2.0, 3.0, 4.0)})
+    result = plan_pruning(made, net, policy=Policy(ratio=0.25, round_to=1, min_width=1, **policy))
+    assert result.policy.scope == scope
+    said = "Widths by group and not by knapsack: what removal costs is not known of b (4)."
+    assert (said in result.notes) == (scope == "per-group")
+    without = replace(made, costs={})
+    result = plan_pruning(without, net, policy=Policy(ratio=0.25, round_to=1, min_width=1, **policy))
+    assert result.policy.scope == "per-group"
+    assert said not in result.notes
 
 
 # ---- targets ------------------------------------------------------------------------------------

@@ -54,6 +54,7 @@ def test_the_whole_plan_applied_at_once_gives_the_net_that_the_steps_gave(name: 
     assert once.state_dict().keys() == theirs.keys()
     for key, value in once.state_dict().items():
         assert torch.equal(value, theirs[key]), key
+    assert whole.plan.policy == replace(HALF, scope="per-group")  # what auto is by a ranking without costs
     assert whole.plan.macs_after == made[-1].plan.macs_after <= 0.4 * whole.plan.macs_before
     assert whole.plan.params_after == sum(p.numel() for p in whole.net.parameters())
     assert whole.check.relative_error == max(surgery.check.relative_error for surgery in made)

@@ -12,7 +12,7 @@ from sepress.plan.ladders import Ladder, build_ladder, removal
 from sepress.plan.notes import ladder_notes, ratio_note, why_nothing
 from sepress.plan.policy import GLOBAL_LIMIT, Countable, candidates, check_policy, own_ratios
 from sepress.plan.schedules import build_schedule
-from sepress.plan.words import nearest
+from sepress.plan.words import listed, nearest
 from sepress.types import Policy, PruningPlan, Ranking
 
 
@@ -24,8 +24,11 @@ def plan_pruning(ranking: Ranking, coupling: Countable, *, policy: Policy) -> Pr
     a policy that can't be met (saying what is reachable), a pattern that matches nothing, a ranking of
     another net, a ranking without costs under the knapsack scope, and a plan that would remove nothing.
     """
-    policy = resolve_scope(policy, ranking, coupling)
+    asked, policy = policy, resolve_scope(policy, ranking, coupling)
     own, fixed, free, notes = _ladders(ranking, coupling, policy)
+    if asked.scope == "auto" and policy.scope == "per-group" and ranking.costs:
+        unknown = listed(ladder.group for ladder in free if ladder.name not in ranking.costs)
+        notes.append(f"Widths by group and not by knapsack: what removal costs is not known of {unknown}.")
     schedule = build_schedule(free, ranking, coupling, policy)
     if policy.ratio is not None:
         removed = {**fixed, **cut_to_ratio(free, schedule, policy)}
@@ -60,10 +63,16 @@ def plan_pruning(ranking: Ranking, coupling: Countable, *, policy: Policy) -> Pr
 
 
 def resolve_scope(policy: Policy, ranking: Ranking, coupling: Countable) -> Policy:
-    """The policy, with what 'auto' stands for: the knapsack needs the cost of removal in every group."""
+    """The policy, with what 'auto' stands for: the knapsack needs the cost of removal in every group.
+
+    In every group, that is, whose width it chooses.
+    """
+    check_policy(policy)
     if policy.scope != "auto":
         return policy
-    known = all(group.name in ranking.costs for group in coupling.prunable())
+    groups, _ = candidates(coupling, policy)
+    own = own_ratios(groups, coupling, policy)
+    known = all(group.name in ranking.costs for group in groups if group.name not in own)
     return replace(policy, scope="knapsack" if known else "per-group")
 
 
@@ -77,7 +86,6 @@ def _ladders(
     ranking: Ranking, coupling: Countable, policy: Policy
 ) -> tuple[list[Ladder], dict[str, tuple[int, ...]], list[Ladder], list[str]]:
     """The groups with a ratio of their own and what it removes of them, the others, and notes on the rest."""
-    check_policy(policy)
     _check_ranking(ranking, coupling)
     groups, notes = candidates(coupling, policy)
     ratios = own_ratios(groups, coupling, policy)
