@@ -84,6 +84,9 @@ class Part(Settings):
             raise ValueError(f"exactly one of {', '.join(TARGETS)} is needed")
         if self.own_finetune != (self.name is not None):
             raise ValueError("a fine-tune of its own and a name, for its folder, belong together")
+        for key in ("methods", *TARGETS):
+            if len(set(getattr(self, key))) < len(getattr(self, key)):
+                raise ValueError(f"{key} are named once each")
         return self
 
 
@@ -95,7 +98,7 @@ class Benchmark(Settings):
     threads: Count | None = None
     out: str = "runs/benchmark"
     data: Annotated[DataConfig, _short("path")]
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(min_length=1)]
     nets: Annotated[tuple[Net, ...], Field(min_length=1)]
     split: Literal["test", "val"] = "test"  # choices are made on val
     calibration_images: Count = PruneStage.model_fields["calibration_images"].default
@@ -112,9 +115,20 @@ class Benchmark(Settings):
         names = [net.name for net in self.nets]
         if len(set(names)) < len(names):
             raise ValueError("two nets have one name")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds are named once each")
+        held: set[tuple[str, str | None]] = set()  # the folders that will have the reference
         for part in self.compare:
             if unknown := [name for name in part.nets or () if name not in names]:
                 raise ValueError(f"no net is named {', '.join(unknown)}; there are: {', '.join(names)}")
+            folders = {(name, part.name) for name in part.nets or names}
+            held |= folders if self.reference in part.methods else set()
+            if missing := folders - held:
+                net, name = min(missing, key=str)
+                where = net if name is None else f"{net}-{name}"
+                raise ValueError(
+                    f"{self.reference}, which the others are held against, is not compared first on {where}"
+                )
         return self
 
     @property

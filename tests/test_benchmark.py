@@ -12,6 +12,9 @@ from PIL import Image
 
 from sepress import stages
 from sepress.benchmark import Benchmark, Net, Part, base_recipe, load_benchmark, run_benchmark
+from sepress.compare import read_method
+from sepress.criteria import CRITERIA
+from sepress.defaults import METHOD
 from sepress.errors import InputError
 from sepress.recipe import load_recipe, packaged_recipes, recipe_digest
 
@@ -107,6 +110,10 @@ def test_a_base_is_the_run_of_the_plain_recipe(tiny: Path) -> None:
         ("compare.0.name=long", "a fine-tune of its own and a name"),
         ("compare.1.nets=[other]", "no net is named other; there are: plain, mobile"),
         ("split=train", "should be 'test' or 'val'"),
+        ("seeds=[0, 0]", "seeds are named once each"),
+        ("compare.0.methods=[l2, auto, reconstruction]", "methods are named once each"),
+        ("compare.0.target_macs=[0.5, 0.5]", "target_macs are named once each"),
+        ("against=random", "random, which the others are held against, is not compared first on mobile"),
     ],
 )
 def test_a_mistake_is_named_with_its_key(tiny: Path, setting: str, message: str) -> None:
@@ -120,10 +127,14 @@ def test_the_packaged_benchmark_is_the_acceptance() -> None:
     assert len(benchmark.nets) == 2
     assert len(benchmark.seeds) == 3
     assert benchmark.split == "test"
-    first, *rest = benchmark.compare
-    assert first.target_macs == (0.5,)
-    assert {value for part in rest for value in part.target_macs} == {0.7, 0.35, 0.25}
-    assert all("random" in part.methods and len(part.methods) >= 5 for part in benchmark.compare)
+    assert benchmark.compare[0].target_macs == (0.5,)
+    assert {value for part in benchmark.compare for value in part.target_macs} == {0.7, 0.5, 0.35, 0.25}
+    at = {
+        value: {method for part in benchmark.compare if value in part.target_macs for method in part.methods}
+        for value in (0.7, 0.5, 0.35, 0.25)
+    }
+    assert all({METHOD, "random"} <= methods and len(methods) >= 5 for methods in at.values())
+    assert {read_method(method).criterion for method in at[0.5]} == {*CRITERIA, "scratch"}
 
 
 def test_the_readme_documents_every_key_and_its_default() -> None:
