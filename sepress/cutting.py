@@ -85,6 +85,10 @@ def cut_within(job: Job, settings: Any, judged: Judged) -> Surgery:
             remedy="Pass labelled data; without a val split, one is cut from train.",
         )
 
+    known = hold(constraint, [base, replace(base, label="pruned")])
+    if known.actual is None:  # before a net is made and tuned for it
+        raise InputError(f"{constraint} can't be told on validation: {known.reason}")
+
     def of_share(share: float) -> Policy:
         return replace(policy, target_macs=share)
 

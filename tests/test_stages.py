@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -481,6 +482,18 @@ def test_a_constraint_that_no_smaller_net_holds_leaves_no_folder(model: Path, tm
     with pytest.raises(InputError, match=r"no smaller net was found that holds top1>=0\.999.* reached top1 "):
         stages.run_recipe(recipe(within, model={"source": str(model)}, device="cpu"), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_constraint_that_can_not_be_told_is_refused_before_a_net_is_made(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = cutting.evaluate
+    untold = {"top5": None, "reason": "top-5 says nothing here"}
+    monkeypatch.setattr(cutting, "evaluate", lambda *a, **n: replace(plain(*a, **n), **untold))
+    monkeypatch.setattr(cutting, "prune_channels", None)
+    within = {"prune": {"within": "top5_drop<=0.01", **SMALL_STEPS}}
+    with pytest.raises(InputError, match=r"can't be told on validation: .* top-5 says nothing here"):
+        stages.run_recipe(recipe(within, model={"source": str(model)}, device="cpu"), out=tmp_path / "run")
 
 
 def test_pruning_in_steps_ranks_anew_and_its_plan_is_of_the_net_that_was_given(
