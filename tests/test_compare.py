@@ -186,6 +186,20 @@ def test_every_cell_is_measured_at_its_point_and_the_base_is_left_alone(
     assert (tmp_path / "pareto.svg").read_text().count("<svg ") == 1
 
 
+def test_norms_are_estimated_on_as_many_images_as_is_said_though_fewer_calibrate(
+    bases: list[Bundle], digits: DataSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def counted(surgery: Any, net: Any, batches: Any, *, images: int, **_: Any) -> None:
+        seen.append(min(images, sum(len(inputs) for inputs, _ in batches)))
+
+    monkeypatch.setattr(run, "restore", counted)
+    few = replace(COMPARISON, methods=(Method("l2"),), seeds=(0,), calibration_images=16)
+    compare(bases[:1], digits, few, out=tmp_path, device=CPU)
+    assert seen == [64]
+
+
 def test_a_cell_does_not_depend_on_the_cells_before_it(
     bases: list[Bundle], digits: DataSource, tmp_path: Path
 ) -> None:

@@ -59,10 +59,10 @@ class Bench:
             workers=c.workers,
         )
 
-    def calibration(self, seed: int) -> Loader:
-        """The seed's calibration images, the same each time."""
+    def calibration(self, seed: int, images: int | None = None) -> Loader:
+        """The seed's calibration images, so many as the comparison says or `images`, the same each time."""
         c = self.comparison
-        dataset = self.source.calibration(c.calibration_images, seed=seed)
+        dataset = self.source.calibration(images or c.calibration_images, seed=seed)
         return make_loader(dataset, batch_size=c.batch_size, workers=c.workers)
 
     def images(self, seed: int) -> torch.Tensor:
@@ -213,12 +213,13 @@ def run_cell(start: Start, bench: Bench, method: Method, point: Point) -> Cell:
         else:
             config, teacher = bench.comparison.finetune, start.net
             one_shot = float(bench.right(cut.net).mean())
+            images = bench.comparison.recalibration_images
             restore(
                 cut,
                 start.net,
-                bench.calibration(start.seed),
+                bench.calibration(start.seed, max(bench.comparison.calibration_images, images)),
                 compensate=method.refit,
-                images=bench.comparison.recalibration_images,
+                images=images,
                 device=bench.device,
             )
             right["recalibrated"] = bench.right(cut.net)
