@@ -20,10 +20,12 @@ from sepress.recipe import (
     HELP,
     Count,
     DataConfig,
+    DeviceName,
     FinetuneStage,
     ModelConfig,
     PruneStage,
     Recipe,
+    Seed,
     Settings,
     Share,
     TrainStage,
@@ -93,12 +95,11 @@ class Part(Settings):
 class Benchmark(Settings):
     """Nets x seeds, and the comparisons made on them."""
 
-    name: str = "benchmark"
-    device: str = "auto"
+    device: DeviceName = "auto"
     threads: Count | None = None
     out: str = "runs/benchmark"
     data: Annotated[DataConfig, _short("path")]
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(min_length=1)]
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
     nets: Annotated[tuple[Net, ...], Field(min_length=1)]
     split: Literal["test", "val"] = "test"  # choices are made on val
     calibration_images: Count = PruneStage.model_fields["calibration_images"].default
@@ -111,7 +112,9 @@ class Benchmark(Settings):
     compare: Annotated[tuple[Part, ...], Field(min_length=1)]  # the most wanted first
 
     @model_validator(mode="after")
-    def _known_nets(self) -> Self:
+    def _can_be_made(self) -> Self:
+        if self.data.path is None:
+            raise ValueError("training needs data: set data.path")
         names = [net.name for net in self.nets]
         if len(set(names)) < len(names):
             raise ValueError("two nets have one name")

@@ -54,6 +54,8 @@ class Settings(BaseModel):
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+DeviceName = Annotated[str, Field(pattern=r"^(auto|(cpu|cuda|mps)(:\d+)?)$")]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 # fmt: off
@@ -343,8 +345,8 @@ class Recipe(Settings):
     """A whole run: a model, images, and the list of stages that work on them."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    device: Annotated[str, Field(pattern=r"^(auto|(cpu|cuda|mps)(:\d+)?)$")] = "auto"
+    seed: Seed = 0
+    device: DeviceName = "auto"
     threads: Count | None = None  # torch's own choice
     out: str | None = None  # the run folder, relative to the current one; runs/NAME
     data: DataConfig | None = None  # a model file that sepress wrote knows its data

@@ -110,6 +110,8 @@ def test_a_base_is_the_run_of_the_plain_recipe(tiny: Path) -> None:
         ("compare.0.name=long", "a fine-tune of its own and a name"),
         ("compare.1.nets=[other]", "no net is named other; there are: plain, mobile"),
         ("split=train", "should be 'test' or 'val'"),
+        ("device=tpu", "device: "),
+        ("data={batch_size: 16}", "training needs data: set data.path"),
         ("seeds=[0, 0]", "seeds are named once each"),
         ("compare.0.methods=[l2, auto, reconstruction]", "methods are named once each"),
         ("compare.0.target_macs=[0.5, 0.5]", "target_macs are named once each"),
