@@ -316,10 +316,12 @@ def compare_model(
     source = _common_source(recipe, bundles)
     stage: dict[str, Any] = {stage.kind: stage for stage in recipe.stages}
     settings, evaluation = stage["prune"], stage.get("evaluate", EvaluateStage())
-    if settings.within is not None or settings.steps > 1:
+    typed = settings.model_fields_set & _OF_METHODS
+    if idle := sorted(name for name in typed if getattr(settings, name) is not None):
         raise InputError(
-            "a comparison cuts each net once, to a given size: it takes no 'within' and no 'steps'",
-            remedy="Name a target_macs.",
+            f"a comparison cuts each net once, to a given size and as its method says: it takes no "
+            f"{', '.join(idle)}",
+            remedy="Name a target_macs, and methods such as l2+refit@global.",
         )
     point, policy = split_policy(policy_of(settings))
     if policy.scope == "auto":  # rows without a scope of their own share one
@@ -342,6 +344,10 @@ def compare_model(
     )
     folder = out or (Path(recipe.out) if recipe.out else _default_folder(recipe))
     return compare(bundles, source, comparison, out=folder, device=resolve_device(recipe.device))
+
+
+# of a prune stage, what a comparison would pass over
+_OF_METHODS = {"criterion", "compensate", "plan", "within", "steps", "step_epochs", "allow_vacuous"}
 
 
 def _with_model(recipe: Recipe, source: str) -> Recipe:

@@ -524,9 +524,12 @@ def test_pruning_in_steps_ranks_anew_and_its_plan_is_of_the_net_that_was_given(
     assert shapes == load_bundle(outcome.folder / "pruned.pt").layout.shapes
 
 
-def test_a_comparison_takes_no_schedule(model: Path) -> None:
-    what = recipe({"prune": {"target_macs": 0.5, "steps": 2}}, model={"source": str(model)}, device="cpu")
-    with pytest.raises(InputError, match="no 'within' and no 'steps'"):
+@pytest.mark.parametrize("key", ["steps", "criterion", "compensate"])
+def test_a_comparison_takes_no_schedule_and_what_methods_say_is_not_said_twice(model: Path, key: str) -> None:
+    values = {"steps": 2, "criterion": "l2", "compensate": False}
+    prune = {"target_macs": 0.5, key: values[key]}
+    what = recipe({"prune": prune}, model={"source": str(model)}, device="cpu")
+    with pytest.raises(InputError, match=rf"it takes no {key}\n"):
         stages.compare_model(what, methods=["l2"], seeds=[0])
 
 
