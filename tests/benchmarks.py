@@ -333,7 +333,7 @@ if __name__ == "__main__":
     one.add_argument("model")
     one.add_argument("--data", required=True)
     one.add_argument("--sizes", type=numbers, default=SIZES)
-    one.add_argument("--seeds", type=int, default=2)
+    one.add_argument("--seeds", type=int, default=2, help="disjoint sets of each size, at least 2")
     one.set_defaults(run=stability)
     chosen = vars(parser.parse_args())
     del chosen["what"]
