@@ -176,8 +176,10 @@ def order_groups(
         readers = 0
         for reader in coupling.readers:
             at = judged.get(reader_key(reader))
+            if at is None or not (at == number).any():
+                continue
             moments = stats.moments(reader)
-            if at is None or moments is None or not (at == number).any():
+            if moments is None:
                 continue
             readers += 1
             weight = _felt(parameters[reader.parameter], reader, stats.sensitivity(reader) if felt else None)
