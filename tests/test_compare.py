@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -237,21 +238,34 @@ def test_finished_cells_are_not_run_again_and_a_line_cut_short_is(
     assert {row.method for row in wider.rows} == {"l2", "contribution", "random"}
 
 
-def test_evidence_is_measured_once_a_seed_for_all_that_is_missing(
+def test_evidence_is_measured_when_a_seeds_turn_comes_and_one_seeds_is_held_at_a_time(
     bases: list[Bundle], digits: DataSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[frozenset[str]] = []
-    plain = run.calibrate
+    made: list[weakref.ref[Any]] = []
+    ranked: list[str] = []
+    plain, plain_rank = run.calibrate, run.rank
 
     def counted(*args: Any, evidence: frozenset[str], **rest: Any) -> Any:
+        assert all(stats() is None for stats in made)
         asked.append(evidence)
-        return plain(*args, evidence=evidence, **rest)
+        stats = plain(*args, evidence=evidence, **rest)
+        made.append(weakref.ref(stats))
+        return stats
+
+    def counted_rank(*args: Any, criterion: str, **rest: Any) -> Any:
+        ranked.append(criterion)
+        return plain_rank(*args, criterion=criterion, **rest)
 
     monkeypatch.setattr(run, "calibrate", counted)
-    methods = (Method("contribution"), Method("fisher"), Method("l2"))
+    monkeypatch.setattr(run, "rank", counted_rank)
+    methods = (Method("contribution"), Method("fisher"), Method("fisher", scope="global"))
     comparison = replace(COMPARISON, methods=methods, points=(HALF, Point("target_macs", 0.7)))
-    compare(bases, digits, comparison, out=tmp_path, device=CPU)
-    assert asked == [{"excitation", "contribution", "fisher"}] * 2
+    compare(bases, digits, comparison, out=tmp_path / "two", device=CPU)
+    assert asked == [{"excitation", "contribution", "fisher"}] * 4  # two seeds at two points
+    assert [ranked.count("contribution"), ranked.count("fisher")] == [4, 4]  # for two methods, and two cells
+    compare(bases[:1], digits, replace(comparison, seeds=(0,)), out=tmp_path / "one", device=CPU)
+    assert len(asked) == 5
 
 
 def test_each_seed_starts_from_its_own_base_where_there_is_one(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ from sepress.pruning import CHECK_IMAGES, Surgery, first_images, prune_channels,
 from sepress.train import TrainConfig, train
 from sepress.train.evaluate import find_right
 from sepress.train.timing import time_epoch
-from sepress.types import Bundle
+from sepress.types import Bundle, Ranking
 
 UNIFORM = Method("l2", scope="per-group")  # the widths of the net trained from scratch
 
@@ -78,6 +79,15 @@ class Start:
     net: nn.Module
     coupling: Coupling
     stats: ExcitationStats
+    _rankings: dict[str, Ranking] = field(default_factory=dict, init=False, repr=False)
+
+    def ranking(self, criterion: str) -> Ranking:
+        """The channels by this criterion, scored once."""
+        if criterion not in self._rankings:
+            self._rankings[criterion] = rank(
+                self.coupling, self.stats, criterion=criterion, net=self.net, seed=self.seed
+            )
+        return self._rankings[criterion]
 
 
 def compare(
@@ -105,17 +115,17 @@ def compare(
     cells = [(m, p, s) for p in comparison.points for s in comparison.seeds for m in comparison.methods]
     missing = [(m, p, s) for m, p, s in cells if (m.name, p, s) not in done]
     progress = Progress(total=len(cells), left=missing)
-    starts: dict[int, Start] = {}
-    for method, point, seed in missing:
-        if seed not in starts:
-            needs = frozenset().union(*(m.needs for m, _, s in missing if s == seed))
-            starts[seed] = _start(bases[seed].net, bench, seed, needs)
+    for seed, run in groupby(missing, key=_seed):
+        ours = list(run)
+        start = _start(bases[seed].net, bench, seed, frozenset().union(*(m.needs for m, _, _ in ours)))
         if not progress.estimated:
-            progress.estimate(starts[seed], bench)
-        with console.quiet():
-            cell = run_cell(starts[seed], bench, method, point)
-        folder.cells.add(cell)
-        progress.report(cell)
+            progress.estimate(start, bench)
+        for method, point, _ in ours:
+            with console.quiet():
+                cell = run_cell(start, bench, method, point)
+            folder.cells.add(cell)
+            progress.report(cell)
+        del start  # before the next is made: the evidence of a large net takes gigabytes
     spec = bundles[0].spec
     table = Table(
         comparison=comparison,
@@ -245,13 +255,12 @@ def run_cell(start: Start, bench: Bench, method: Method, point: Point) -> Cell:
 
 def cut_net(start: Start, bench: Bench, method: Method, point: Point) -> Surgery:
     """The base, cut by the method to the point's size."""
-    ranking = rank(start.coupling, start.stats, criterion=method.criterion, net=start.net, seed=start.seed)
     policy = point.policy(method.policy(bench.comparison.policy))
     with seeded(start.seed):
         return prune_channels(
             start.net,
             start.coupling,
-            ranking,
+            start.ranking(method.criterion),
             policy,
             images=bench.images(start.seed),
             moments=start.stats if method.refit else None,
@@ -293,6 +302,10 @@ def _train(
 Key = tuple[Method, Point, int]
 
 
+def _seed(key: Key) -> int:
+    return key[2]
+
+
 class Progress:
     """Says before the first cell how long all take, and after each how long the rest will."""
 
@@ -301,20 +314,20 @@ class Progress:
         self.left = list(left)
         self.estimated = False
         self.began = time.monotonic()
-        self._evidence = 0.0  # seconds, of a seed
+        self._evidence = 0.0  # seconds, of a start
         self._costs: dict[tuple[bool, Point], float] = {}  # (from scratch, point) -> seconds of a cell
         self._predicted = 0.0  # seconds, of the finished cells
 
     def estimate(self, start: Start, bench: Bench) -> None:
-        """Time an evaluation and a few training steps at each point, with one seed's evidence at hand."""
+        """Time an evaluation and a few training steps at each point, with a first start at hand."""
         self.estimated = True
         self._evidence = time.monotonic() - self.began
         for method, point, _ in self.left:
             if (method.from_scratch, point) not in self._costs:
                 cost = _cell_seconds(start, bench, point, from_scratch=method.from_scratch)
                 self._costs[method.from_scratch, point] = cost
-        seeds = len({seed for _, _, seed in self.left})
-        seconds = sum(map(self._cost, self.left)) + (seeds - 1) * self._evidence
+        starts = len(list(groupby(self.left, key=_seed)))
+        seconds = sum(map(self._cost, self.left)) + (starts - 1) * self._evidence
         console.log(f"about {duration(seconds)} for {len(self.left)} cells")
         self.began = time.monotonic()
 
