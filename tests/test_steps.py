@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sepress import steps as module
 from sepress.coupling import apply_removal, trace
 from sepress.errors import InputError, SepressError
+from sepress.plan import plan_pruning
 from sepress.pruning import Surgery, prune_channels, rank_channels
 from sepress.steps import Judged, compose, prune_in_steps
 from sepress.types import Check, CouplingGroup, Policy
@@ -98,6 +99,14 @@ def test_a_target_out_of_reach_is_said_before_any_cut() -> None:
             cut=lambda *_: pytest.fail("cut"),
             recover=lambda _: pytest.fail("recovered"),
         )
+
+
+def test_steps_go_deeper_than_the_limit_of_a_group_lets_one_cut_go() -> None:
+    deep = Policy(target_macs=0.06, scope="global", round_to=1, min_width=1)
+    first, whole, _ = run("se residual", deep, steps=3)
+    assert whole.plan.macs_after <= 0.06 * whole.plan.macs_before
+    with pytest.raises(InputError, match="can't be reached"):
+        plan_pruning(first.ranking, first.coupling, policy=deep)
 
 
 def group(name: str, units: int) -> CouplingGroup:
