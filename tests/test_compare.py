@@ -19,8 +19,19 @@ from torch import nn
 
 from sepress import console, stages
 from sepress.bundle import make_bundle
-from sepress.compare import BaseFigures, Cell, Comparison, Method, Point, Table, compare, read_method, run
-from sepress.compare.folder import pack, unpack
+from sepress.compare import (
+    BaseFigures,
+    Cell,
+    Comparison,
+    Method,
+    Point,
+    Table,
+    compare,
+    folder,
+    read_method,
+    run,
+)
+from sepress.compare.folder import SCHEMA, CompareFolder, pack, unpack
 from sepress.compare.plot import draw_pareto
 from sepress.compare.table import paired_difference
 from sepress.data import DataSource, DataSpec, open_data
@@ -379,6 +390,38 @@ def test_other_settings_other_files_and_a_file_in_place_of_the_folder_are_refuse
         compare(bases[:1], digits, one, out=tmp_path / "other", device=CPU)
     with pytest.raises(InputError, match="can't be used"):
         compare(bases[:1], digits, one, out=tmp_path / "other" / "notes.txt", device=CPU)
+
+
+def test_a_setting_that_the_folder_does_not_know_was_its_default(tmp_path: Path) -> None:
+    plain = replace(COMPARISON, recalibration_images=256, finetune=SHORT)
+    for group, name, changes in (
+        (None, "recalibration_images", {"recalibration_images": 64}),
+        ("policy", "gated_only", {"policy": replace(plain.policy, gated_only=True)}),
+        ("finetune", "amp", {"finetune": replace(SHORT, amp="bfloat16")}),
+    ):
+        held: dict[str, Any] = {"schema": SCHEMA, "data": "d", **plain.settings()}
+        del (held[group] if group else held)[name]  # as a version without that setting wrote it
+        (tmp_path / "settings.json").write_text(json.dumps(held))
+        CompareFolder(tmp_path, plain, data="d")
+        with pytest.raises(InputError, match=rf"another {f'{group}.' if group else ''}{name}"):
+            CompareFolder(tmp_path, replace(plain, **changes), data="d")
+
+
+def test_cells_depend_on_how_often_a_refit_goes_over_the_net(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    CompareFolder(tmp_path, COMPARISON, data="d").keep_settings()
+    monkeypatch.setattr(folder, "REFIT_PASSES", 1)
+    with pytest.raises(InputError, match="another refit_passes"):
+        CompareFolder(tmp_path, COMPARISON, data="d")
+
+
+def test_a_comparison_without_its_reference_makes_no_folder(
+    bases: list[Bundle], digits: DataSource, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="l2, which the others are held against, is not compared"):
+        compare(bases, digits, replace(COMPARISON, against=Method("l2")), out=tmp_path / "new", device=CPU)
+    assert not (tmp_path / "new").exists()
 
 
 # ---- the table ------------------------------------------------------------------------------------

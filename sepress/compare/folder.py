@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 
 from sepress.compare.methods import Method
-from sepress.defaults import BATCH_SIZE, CALIBRATION_IMAGES, RECALIBRATION_IMAGES
+from sepress.defaults import BATCH_SIZE, CALIBRATION_IMAGES, RECALIBRATION_IMAGES, REFIT_PASSES
 from sepress.errors import InputError
 from sepress.files import write_json, write_text
 from sepress.plan import check_policy
@@ -101,8 +102,13 @@ class Comparison:
         for name in ("finetune", "scratch"):
             if values[name] is not None:
                 values[name] = {k: v for k, v in values[name].items() if k not in ("seed", "workers")}
-        plain: dict[str, JSON] = json.loads(json.dumps(values))  # tuples as a file gives them back
-        return plain
+        return _plain(values | {"refit_passes": REFIT_PASSES})
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, JSON]:
+    """As a file gives them back: lists for tuples."""
+    plain: dict[str, JSON] = json.loads(json.dumps(values))
+    return plain
 
 
 @dataclass(frozen=True)
@@ -194,23 +200,35 @@ class CompareFolder:
     """The folder of one comparison, made or opened again."""
 
     def __init__(self, path: Path, comparison: Comparison, *, data: str) -> None:
-        """InputError where it holds another comparison, or other files; `data` is the images' fingerprint."""
+        """InputError where it holds another comparison, or other files; `data` is the images' fingerprint.
+
+        Nothing is made before `keep_settings`.
+        """
         self.path = path
-        given = {"schema": SCHEMA, "data": data, **comparison.settings()}
-        marker = path / "settings.json"
-        try:
-            if marker.exists():
-                given = _agreed(json.loads(marker.read_text(encoding="utf-8")), given, path)
+        self._marker = path / "settings.json"
+        self.settings = {"schema": SCHEMA, "data": data, **comparison.settings()}
+        with self._usable():
+            if self._marker.exists():
+                held = json.loads(self._marker.read_text(encoding="utf-8"))
+                self.settings = _agreed(held, self.settings, path)
             elif path.exists() and any(path.iterdir()):
                 raise InputError(f"{path} holds other files", remedy="Choose another folder with --out.")
-            write_json(marker, given)
-            self.settings = given
             self.bases = Rows(path / "bases.jsonl", BaseFigures)
             self.cells = Rows(path / "cells.jsonl", Cell)
+
+    def keep_settings(self) -> None:
+        """Make the folder that of this comparison."""
+        with self._usable():
+            write_json(self._marker, self.settings)
+
+    @contextmanager
+    def _usable(self) -> Iterator[None]:
+        try:
+            yield
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise InputError(
-                f"the folder {path} can't be used: {reason}", remedy="Choose another with --out."
+                f"the folder {self.path} can't be used: {reason}", remedy="Choose another with --out."
             ) from error
 
     def check_base(self, seed: int, weights: str) -> bool:
@@ -227,7 +245,8 @@ class CompareFolder:
 def _agreed(held: Any, given: dict[str, JSON], path: Path) -> dict[str, JSON]:
     """The settings of both; InputError where they differ.
 
-    A setting that the file does not have is younger than it: its cells were made as the default makes them.
+    A setting that the file does not have is younger than it: its cells were made as the default makes them,
+    or, where the setting has none, as they are made now.
     How nets are trained from scratch may come later, since it touches no other cell.
     """
     if not isinstance(held, dict):
@@ -244,15 +263,18 @@ def _agreed(held: Any, given: dict[str, JSON], path: Path) -> dict[str, JSON]:
 
 
 def _differences(held: dict[str, JSON], given: dict[str, JSON]) -> list[str]:
-    """The settings, and those within a group of settings, that both have and that are not equal."""
-    found = []
+    """The settings, and those within a group of settings, that are not equal."""
+    held, found = _DEFAULTS | held, []
     for name in sorted(held.keys() & given.keys()):
         a, b = held[name], given[name]
         if name in _GROUPS and isinstance(a, dict) and isinstance(b, dict):
+            a = _GROUPS[name] | a
             found += [f"{name}.{key}" for key in sorted(a.keys() & b.keys()) if a[key] != b[key]]
         elif a != b:
             found.append(name)
     return found
 
 
-_GROUPS = ("policy", "finetune", "scratch")
+_DEFAULTS = _plain({f.name: f.default for f in fields(Comparison) if f.default is not MISSING})
+_TRAINING = _plain(asdict(TrainConfig()))
+_GROUPS = {"policy": _plain(asdict(Policy())), "finetune": _TRAINING, "scratch": _TRAINING}

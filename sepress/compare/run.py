@@ -109,6 +109,7 @@ def compare(
     bases = _match(bundles, comparison.seeds)
     folder = CompareFolder(out, comparison, data=source.fingerprint)
     comparison = _completed(comparison, folder)
+    folder.keep_settings()
     bench = Bench(source, comparison, device, out)
     _measure_bases(folder, bases, bench)
     done = {cell.key for cell in folder.cells.rows}
