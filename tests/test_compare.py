@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import weakref
@@ -247,6 +248,18 @@ def test_finished_cells_are_not_run_again_and_a_line_cut_short_is(
     assert ran[3:] == [("l2", 0)]
     assert len(wider.cells) == 5  # the table holds the whole folder
     assert {row.method for row in wider.rows} == {"l2", "contribution", "random"}
+
+
+def test_a_net_that_can_not_be_checked_is_a_result_and_the_table_says_so(
+    bases: list[Bundle], digits: DataSource, tmp_path: Path
+) -> None:
+    flat = copy.deepcopy(bases[0])
+    head = [module for module in flat.net.modules() if isinstance(module, nn.Linear)][-1]
+    nn.init.zeros_(head.weight)  # every image gives the same outputs
+    one = replace(COMPARISON, methods=(Method("l2"),), seeds=(0,))
+    table = compare([flat], digits, one, out=tmp_path, device=CPU)
+    assert "same for every image" in (table.cells[0].unchecked or "")
+    assert "Not verified: l2, MACs 0.5, seed 0: outputs are the same for every image" in table.to_markdown()
 
 
 def test_evidence_is_measured_when_a_seeds_turn_comes_and_one_seeds_is_held_at_a_time(

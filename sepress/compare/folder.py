@@ -146,6 +146,7 @@ class Cell:
     tuned: float | None
     right: Mapping[str, str] = field(repr=False)
     seconds: float
+    unchecked: str | None = None  # why it can't be told whether masked = removed holds; None: it holds
 
     @property
     def point(self) -> Point:

@@ -251,6 +251,7 @@ def run_cell(start: Start, bench: Bench, method: Method, point: Point) -> Cell:
         tuned=means.get("tuned"),
         right={phase: pack(values) for phase, values in right.items()},
         seconds=time.monotonic() - started,
+        unchecked=None if cut.check.passed else cut.check.reason,
     )
 
 
@@ -265,6 +266,7 @@ def cut_net(start: Start, bench: Bench, method: Method, point: Point) -> Surgery
             policy,
             images=bench.images(start.seed),
             moments=start.stats if method.refit else None,
+            allow_vacuous=True,  # a net that is cut to nothing is a result; its cell says so
         )
 
 

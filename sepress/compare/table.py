@@ -210,6 +210,11 @@ class Table:
             f"Δ: difference from {c.reference} in points ± standard error, over the same images of the same "
             "seeds: the larger of what the spread over seeds and what the choice of images gives. "
             f"▲ and ▼: beyond {BEYOND} standard errors.",
+            *(
+                f"Not verified: {cell.method}, {cell.point}, seed {cell.seed}: {cell.unchecked}."
+                for cell in self.cells
+                if cell.unchecked
+            ),
         ]
 
     @property
