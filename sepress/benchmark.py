@@ -30,6 +30,7 @@ from sepress.recipe import (
     Share,
     TrainStage,
     build_settings,
+    check_kind,
     find_recipe,
     override,
 )
@@ -150,6 +151,7 @@ def load_benchmark(name: str, overrides: Sequence[str] = ()) -> Benchmark:
     values, marks, faults = read_yaml(read_text(path), str(path))
     if not isinstance(values, dict):
         raise InputError(f"{path}: a benchmark is a mapping of keys to values", remedy=HELP)
+    check_kind(values, path, verb="benchmark")
     for text in overrides:
         override(values, marks, text)
     return build_settings(Benchmark, values, marks, faults=faults)

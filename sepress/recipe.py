@@ -550,19 +550,27 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = (), *, require: Seq
 
 
 def find_recipe(name: str) -> Path:
-    """The file of that name, else the packaged recipe: 'quickstart' or 'recipes/quickstart.yaml'."""
+    """The file of that name, else the packaged one: 'quickstart' or 'recipes/quickstart.yaml'."""
     path = Path(name)
     if path.is_file():
         return path
     folder = packaged_recipes()
-    known = sorted(recipe.stem for recipe in folder.glob("*.yaml"))
+    known = sorted(file.stem for file in folder.glob("*.yaml"))
     stem = name.removeprefix("recipes/").removesuffix(".yaml")
     if stem in known:
         return folder / f"{stem}.yaml"
     raise InputError(
-        f"there is no recipe '{name}'{_near(stem, known)}",
-        remedy=f"Pass a YAML file, or one of the packaged recipes: {', '.join(known)}.",
+        f"there is no file '{name}'{_near(stem, known)}",
+        remedy=f"Pass a YAML file, or a packaged one: {', '.join(known)}.",
     )
+
+
+def check_kind(values: Mapping[str, JSON], path: Path, *, verb: Literal["run", "benchmark"]) -> None:
+    """Raise InputError where a file's keys are those of the other kind, which another verb runs."""
+    if verb == "run" and "nets" in values:
+        raise InputError(f"{path} is a benchmark, no recipe", remedy=f"Run it by `sepress benchmark {path}`.")
+    if verb == "benchmark" and values.keys() & {"stages", "model", "extends"}:
+        raise InputError(f"{path} is a recipe, no benchmark", remedy=f"Run it by `sepress run {path}`.")
 
 
 def packaged_recipes() -> Path:
@@ -579,6 +587,7 @@ def _load(path: Path, chain: tuple[Path, ...]) -> Document:
     values, marks, faults = document
     if not isinstance(values, dict):
         raise InputError(f"{path}: a recipe is a mapping of keys to values", remedy=HELP)
+    check_kind(values, path, verb="run")
     _spell_out(values)
     values.setdefault("name", path.stem)
     values.setdefault("out", None)  # neither is inherited: another recipe has another folder

@@ -124,6 +124,17 @@ def test_a_mistake_is_named_with_its_key(tiny: Path, setting: str, message: str)
     assert message in str(caught.value)
 
 
+def test_a_benchmark_and_a_recipe_are_told_apart_and_each_names_its_verb() -> None:
+    with pytest.raises(
+        InputError, match=r"benchmark\.yaml is a benchmark, no recipe\s+Run it by `sepress be"
+    ):
+        load_recipe("benchmark")
+    with pytest.raises(
+        InputError, match=r"quickstart\.yaml is a recipe, no benchmark\s+Run it by `sepress ru"
+    ):
+        load_benchmark("quickstart")
+
+
 def test_the_packaged_benchmark_is_the_acceptance() -> None:
     benchmark = load_benchmark(str(packaged_recipes() / "benchmark.yaml"))
     assert len(benchmark.nets) == 2

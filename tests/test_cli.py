@@ -394,7 +394,7 @@ def test_defaults_in_the_help_are_the_recipes() -> None:
         ("compare model.pt --methods l2", "exactly one of ratio, target_macs"),
         ("compare model.pt --methods l2 --ratio 0.3 --seeds a", "--seeds a: expected whole numbers"),
         ("compare model.pt --methods l2 --ratio 0.3,b", "--ratio 0.3,b: expected fractions"),
-        ("run gone.yaml", "there is no recipe 'gone.yaml'"),
+        ("run gone.yaml", "there is no file 'gone.yaml'"),
         ("run recipe.yaml --set stages.prune.ratio=2", "--set stages.prune.ratio: should be less than 1"),
         ("run recipe.yaml --require 'top1>2'", "--require: top1 is a fraction"),
         ("run recipe.yaml --set require.a=1", "--set require.a: should be a list"),
