@@ -226,8 +226,8 @@ def calibrate(
     A batch is inputs, or (inputs, targets) with targets (N,) of integers, -1 for none. 'excitation' gives the
     gates' moments, 'class-excitation' their means by label as well, the classes being the net's logits;
     'contribution' the variance that every layer reads; 'moments' the mean and covariance of what every layer
-    multiplies its weight with; 'fisher', 'gate-taylor', 'taylor' and 'sensitivity' (of the loss to what layers
-    give) take one backward a batch, 'hessian' a forward and a backward an image. These five and
+    multiplies its weight with; 'fisher', 'gate-taylor', 'taylor' and 'sensitivity' (of the loss to what a
+    layer gives) take one backward a batch, 'hessian' a forward and a backward an image. These five and
     'class-excitation' need targets. With a `world_size`, every process takes each world_size-th batch from
     `rank` on, and the results add up. The net's mode, requires_grad and .grad are left as they were. Raises
     InputError for no images, missing targets and figures that are not finite.

@@ -191,8 +191,8 @@ def rows_per_image(x: Tensor, axis: int, images: int) -> int:
     if axis == 0 or rest:
         raise InputError(
             f"a tensor {tuple(x.shape)}, channels on axis {axis}, does not keep {images} images apart",
-            remedy="The forward must keep images on the first axis up to each gate and, for the criteria fisher "
-            "and gate-taylor, up to each layer that reads a channel.",
+            remedy="The forward must keep images on the first axis up to each gate and, for the criteria "
+            "fisher and gate-taylor, up to each layer that reads a channel.",
         )
     return rows
 
