@@ -375,6 +375,11 @@ def _scratch_config(recipe: Recipe, bundle: Bundle, finetune: TrainConfig | None
             "how the base was trained is not known: 'scratch' can't train in the same way",
             remedy="Compare a model that sepress trained, or leave 'scratch' out.",
         )
+    if bundle.lineage.get("plans"):
+        raise InputError(
+            "the base was pruned after its training: 'scratch' can't train in the same way",
+            remedy="Compare the model that was pruned, or leave 'scratch' out.",
+        )
     config = train_config(recipe, TrainStage.model_validate(trainings[0]))
     epochs = config.epochs + (finetune.epochs if finetune else 0)
     return replace(config, epochs=epochs, batch_size=known["data"]["batch_size"])

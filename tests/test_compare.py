@@ -156,6 +156,16 @@ def test_scratch_needs_a_base_whose_training_is_known() -> None:
         stages.compare_model(recipe, methods=["l2", "scratch"], seeds=[0])
 
 
+def test_scratch_needs_a_base_that_was_not_pruned(bases: list[Bundle]) -> None:
+    known = {"stages": [{"train": {"epochs": 2}}], "data": {"batch_size": 32}}
+    trained = replace(bases[0], lineage={"recipe": known})
+    found = stages._scratch_config(load_recipe_of("base.pt"), trained, SHORT)
+    assert (found.epochs, found.batch_size) == (3, 32)
+    pruned = replace(trained, lineage={"recipe": known, "plans": [{}]})
+    with pytest.raises(InputError, match="the base was pruned after its training"):
+        stages._scratch_config(load_recipe_of("pruned.pt"), pruned, SHORT)
+
+
 def test_bases_of_different_data_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     sources = iter(SimpleNamespace(fingerprint=fingerprint, class_names=None) for fingerprint in "ab")
     monkeypatch.setattr(stages, "open_source", lambda *_: next(sources))
