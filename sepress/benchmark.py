@@ -36,9 +36,8 @@ from sepress.recipe import (
 )
 from sepress.safe_yaml import read_text, read_yaml
 from sepress.stages import compare_model, run_recipe
-from sepress.types import Policy, Scope
+from sepress.types import TARGETS, Policy, Scope
 
-TARGETS = ("target_macs", "target_params", "ratio")
 # It begins with a letter and holds no dash, so that no folder of one thing is that of another.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$", max_length=50)]
 

@@ -39,7 +39,7 @@ from sepress.errors import InputError
 from sepress.models import check_kwargs, parse_reference
 from sepress.safe_yaml import Document, Fault, KeyPath, Marks, dump_yaml, read_text, read_yaml
 from sepress.schedule import TrainConfig
-from sepress.types import JSON, Policy, Scope
+from sepress.types import JSON, TARGETS, Policy, Scope
 
 MAX_EXTENDS = 10  # files in one chain
 HELP = "Every key is explained in recipes/README.md."
@@ -281,7 +281,7 @@ class PruneStage(Settings):
         return {name: value for name, value in values.items() if name not in void}
 
 
-_TARGETS = ("ratio", "target_macs", "target_params", "within")
+_TARGETS = (*TARGETS, "within")
 # read while a plan is made only
 _PLANNING = ("criterion", *(field.name for field in fields(Policy)), "within", "steps", "step_epochs")
 

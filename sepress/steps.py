@@ -17,7 +17,6 @@ from sepress.plan import plan_pruning
 from sepress.pruning import Surgery
 from sepress.types import Check, CouplingGroup, Policy, PruningPlan, Ranking, Removed
 
-TARGETS = ("target_macs", "target_params")
 _EXACT = 2**23  # whole numbers below it are exact in float32
 
 
@@ -96,9 +95,8 @@ def compose(groups: Sequence[CouplingGroup], gone: Removed, then: Removed) -> di
 
 
 def _target(policy: Policy) -> tuple[str, float]:
-    for name in TARGETS:
-        value = getattr(policy, name)
-        if value is not None:
+    for name, value in policy.targets.items():
+        if name != "ratio":
             return name, value
     raise InputError(
         "steps lead to a share of the multiply-adds or parameters",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,6 +18,8 @@ JSON = Any  # what json.dumps takes without a default
 Role = Literal["gated", "ungated", "se_hidden", "frozen"]
 # Which channels compete, and by what; auto: knapsack where the ranking has costs, else per-group.
 Scope = Literal["auto", "per-group", "global", "isomorphic", "knapsack"]
+Target = Literal["ratio", "target_macs", "target_params"]
+TARGETS: tuple[Target, ...] = get_args(Target)
 Removed = Mapping[str, "tuple[int, ...]"]  # group name -> sorted units that go
 
 
@@ -185,6 +187,11 @@ class Policy:
     gated_only: bool = False
     frozen: tuple[str, ...] = ()  # patterns (fnmatch) of group names
     overrides: Mapping[str, float] = field(default_factory=dict)  # pattern -> ratio
+
+    @property
+    def targets(self) -> dict[Target, float]:
+        """Those that are set."""
+        return {name: value for name in TARGETS if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -25,11 +25,10 @@ from sepress.errors import InputError
 from sepress.files import write_json, write_text
 from sepress.plan import check_policy
 from sepress.schedule import TrainConfig
-from sepress.types import JSON, Policy
+from sepress.types import JSON, Policy, Target
 
 SCHEMA = "sepress.compare/2"
-Target = Literal["ratio", "target_macs", "target_params"]
-_WORDS = {"ratio": "ratio", "target_macs": "MACs", "target_params": "params"}
+_WORDS: dict[Target, str] = {"ratio": "ratio", "target_macs": "MACs", "target_params": "params"}
 
 
 class Point(NamedTuple):
@@ -49,10 +48,8 @@ class Point(NamedTuple):
 
 def split_policy(policy: Policy) -> tuple[Point, Policy]:
     """A policy's operating point, and what is left of it without one."""
-    point = next(
-        Point(name, value) for name in get_args(Target) if (value := getattr(policy, name)) is not None
-    )
-    return point, replace(policy, ratio=None, target_macs=None, target_params=None)
+    ((target, value),) = policy.targets.items()
+    return Point(target, value), replace(policy, ratio=None, target_macs=None, target_params=None)
 
 
 @dataclass(frozen=True)

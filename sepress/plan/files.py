@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from sepress.errors import InputError
 from sepress.plan.policy import check_policy
-from sepress.types import JSON, Policy, PruningPlan
+from sepress.types import JSON, TARGETS, Policy, PruningPlan
 
 SCHEMA = "sepress.plan/1"
 
@@ -87,7 +87,7 @@ def plan_from_json(value: JSON) -> PruningPlan:
 
 
 _COUNTS = ("macs_before", "macs_after", "params_before", "params_after")
-_POLICY_KEYS = ("ratio", "target_macs", "target_params", "scope", "round_to", "min_width", "gated_only")
+_POLICY_KEYS = (*TARGETS, "scope", "round_to", "min_width", "gated_only")
 
 
 def _policy(value: JSON) -> Policy:

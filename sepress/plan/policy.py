@@ -10,7 +10,7 @@ from typing import Protocol, get_args
 
 from sepress.errors import InputError
 from sepress.plan.words import counted, listed, nearest
-from sepress.types import CouplingGroup, Policy, Removed, Scope
+from sepress.types import TARGETS, CouplingGroup, Policy, Removed, Scope
 
 SCOPES: tuple[str, ...] = get_args(Scope)
 GLOBAL_LIMIT = Fraction(85, 100)  # of a group; a scope over groups left alone guts single layers
@@ -35,23 +35,19 @@ class Countable(Protocol):
 
 def check_policy(policy: Policy) -> None:
     """Raise InputError where a policy is wrong whatever the net: no net is needed to say so."""
-    targets = {
-        name: value
-        for name in ("ratio", "target_macs", "target_params")
-        if (value := getattr(policy, name)) is not None
-    }
+    targets = policy.targets
     if len(targets) != 1:
         given = "none is set" if not targets else f"{' and '.join(targets)} are set"
         raise InputError(
-            f"A policy takes exactly one of ratio, target_macs and target_params, but {given}.",
+            f"A policy takes exactly one of {', '.join(TARGETS[:-1])} and {TARGETS[-1]}, but {given}.",
             remedy="Pass one of them, for instance --ratio 0.3 (30 % of the prunable channels go).",
         )
-    for name, value in targets.items():
-        meaning = "removed" if name == "ratio" else "of the base kept"
+    for target, value in targets.items():
+        meaning = "removed" if target == "ratio" else "of the base kept"
         if not _is_number(value) or not 0 < value < 1:
             raise InputError(
-                f"{name} is {value!r}; expected a fraction {meaning}, above 0 and below 1.",
-                remedy=f"For 30 % write {name} 0.3.",
+                f"{target} is {value!r}; expected a fraction {meaning}, above 0 and below 1.",
+                remedy=f"For 30 % write {target} 0.3.",
             )
     if policy.scope not in SCOPES:
         raise InputError(f"scope is {policy.scope!r}; expected one of {', '.join(SCOPES)}.")
