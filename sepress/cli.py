@@ -708,11 +708,6 @@ def prune(
         raise InputError(
             "--dry-run makes a plan, and --plan gives one", remedy="Leave out one of the two; see plan.json."
         )
-    if dry_run and (schedule.within or (schedule.steps or 1) > 1):
-        raise InputError(
-            "--dry-run makes no net, and --within and --steps plan by those they make",
-            remedy="Leave out --dry-run, or plan for a --target-macs.",
-        )
     if dry_run and require:
         raise InputError(
             "--require needs a pruned model, and --dry-run makes none",

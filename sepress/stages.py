@@ -240,6 +240,8 @@ def run_recipe(recipe: Recipe, *, out: Path | None = None, dry_run: bool = False
     Whether the constraints are met stands in the report; `constraints.require` raises for them.
     """
     check_inputs(recipe)
+    if dry_run:
+        _check_plannable(recipe)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     job = Job(recipe)
@@ -396,16 +398,21 @@ def _stage_list(recipe: Recipe) -> list[tuple[str, Any]]:
     return stages
 
 
-def _dry_run(job: Job) -> Outcome:
-    settings = next((stage for stage in job.recipe.stages if stage.kind == "prune"), None)
-    if settings is None or job.recipe.stages[0].kind in ("train", "polarise"):
+def _check_plannable(recipe: Recipe) -> None:
+    """Raise InputError where there is nothing to plan for before a net is made."""
+    settings = next((stage for stage in recipe.stages if stage.kind == "prune"), None)
+    if settings is None or recipe.stages[0].kind in ("train", "polarise"):
         raise InputError("there is no trained model to plan for", remedy="Train first; plan on its file.")
-    coupling = job.coupling()
     if settings.within is not None or settings.steps > 1:
         raise InputError(
             "a dry run makes no net, and 'within' and 'steps' plan by those they make",
-            remedy="Plan for a target_macs.",
+            remedy="Leave out the dry run, or plan for a target_macs.",
         )
+
+
+def _dry_run(job: Job) -> Outcome:
+    settings = next(stage for stage in job.recipe.stages if stage.kind == "prune")
+    coupling = job.coupling()
     judged = judge(job, job.newest.net, coupling, settings.criterion, settings.calibration_images)
     plan = plan_pruning(judged.ranking, coupling, policy=policy_of(settings))
     if not job.spec.trained:

@@ -382,8 +382,6 @@ def test_defaults_in_the_help_are_the_recipes() -> None:
             "--dry-run makes a plan, and --plan gives",
         ),
         ("prune model.pt --within latency_ms<5", "--within: latency_ms can't be held by a search"),
-        ("prune model.pt --within 'top1>=0.9' --dry-run", "--dry-run makes no net"),
-        ("prune model.pt --target-macs 0.3 --steps 2 --dry-run", "--dry-run makes no net"),
         ("prune model.pt --ratio 0.3 --dry-run --require 'top1>=0.9'", "--require needs a pruned model"),
         ("train model.pt --data digits", "training starts from random weights: model.pt is a model file"),
         ("train sepress:se_resnet8", "training needs data"),

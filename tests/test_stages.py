@@ -540,3 +540,4 @@ def test_a_dry_run_is_refused_where_a_plan_depends_on_nets_that_are_made(
     what = recipe({"prune": schedule}, model={"source": str(model)}, device="cpu")
     with pytest.raises(InputError, match="a dry run makes no net"):
         stages.run_recipe(what, out=tmp_path / "run", dry_run=True)
+    assert not (tmp_path / "run").exists()
