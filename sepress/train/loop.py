@@ -117,12 +117,12 @@ def train(
         for module in (net,) if teacher is None else (net, teacher):
             module.to(device)
             if config.channels_last == "auto" and device.type in ("cpu", "cuda"):
-                stack.enter_context(_channels_last(module))
+                stack.enter_context(channels_last(module))
         if teacher is not None:
             stack.enter_context(kept_modes(teacher))
             teacher.eval()
         stack.enter_context(_restored(net))
-        run = _Run(net, source, config, device, teacher, penalty, rank, world_size)
+        run = Run(net, source, config, device, teacher, penalty, rank, world_size)
         if checkpoint is not None:
             run.resume(checkpoint)
         while len(run.history) < config.epochs:
@@ -149,7 +149,7 @@ def _check_source(source: DataSource) -> None:
             )
 
 
-class _Run:
+class Run:
     """The moving parts of one run: weights, their average, the optimiser, what was best so far."""
 
     def __init__(
@@ -259,7 +259,7 @@ class _Run:
         title = f"epoch {epoch + 1}/{self.config.epochs}"
         with nullcontext() if self.penalty is None else self.penalty.watching(self.net) as term:
             for inputs, targets in console.track(self.loader, title, total=len(self.loader)):
-                losses.append(self._step(inputs, targets, term))
+                losses.append(self.take_step(inputs, targets, term))
                 sizes.append(len(targets))
                 if len(losses) == CHECK_EVERY:
                     values += self._look(losses, epoch=epoch, first=len(values))
@@ -281,7 +281,7 @@ class _Run:
                 )
         return values
 
-    def _step(self, inputs: Tensor, targets: Tensor, term: Callable[[], Tensor] | None) -> Tensor:
+    def take_step(self, inputs: Tensor, targets: Tensor, term: Callable[[], Tensor] | None) -> Tensor:
         """One step of the optimiser; returns the loss, () float32 on the device, without waiting for it.
 
         `term` gives the penalty of the forward just made.
@@ -441,7 +441,7 @@ def _mixed_precision(config: TrainConfig, device: torch.device) -> torch.dtype |
 
 
 @contextmanager
-def _channels_last(net: nn.Module) -> Iterator[None]:
+def channels_last(net: nn.Module) -> Iterator[None]:
     """The 4-D weights in channels-last order in memory (the values and names stay); undone afterwards."""
     moved = [
         p for p in (*net.parameters(), *net.buffers()) if p.ndim == 4 and p.is_contiguous() and p.numel() > 1

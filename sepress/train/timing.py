@@ -14,7 +14,7 @@ from torch import nn
 from sepress.device import seeded
 from sepress.modes import kept_modes
 from sepress.schedule import TrainConfig
-from sepress.train.loop import _channels_last, _Run
+from sepress.train.loop import Run, channels_last
 
 if TYPE_CHECKING:
     from sepress.data import DataSource
@@ -41,15 +41,15 @@ def time_epoch(
         for module in (student,) if teacher is None else (student, teacher):
             module.to(device)
             if config.channels_last == "auto" and device.type in ("cpu", "cuda"):
-                stack.enter_context(_channels_last(module))
+                stack.enter_context(channels_last(module))
         if teacher is not None:
             stack.enter_context(kept_modes(teacher))
             teacher.eval()
-        run = _Run(student, source, config, device, teacher, penalty=None, rank=0, world_size=1)
+        run = Run(student, source, config, device, teacher, penalty=None, rank=0, world_size=1)
         student.train()
         times = [time.perf_counter()]
         for inputs, targets in itertools.islice(run.loader, 1 + STEPS):
-            run._step(inputs, targets, None).item()  # a number is had when an accelerator is done
+            run.take_step(inputs, targets, None).item()  # a number is had when an accelerator is done
             times.append(time.perf_counter())
     counted = times[1:] if len(times) > 2 else times  # a set of one batch has nothing after it
     return (counted[-1] - counted[0]) / (len(counted) - 1) * len(run.loader)
