@@ -206,7 +206,9 @@ class Table:
             f"{_schedule(c.finetune)}; {seeds}; {c.policy.scope} widths where no @scope is named, "
             f"rounded to {c.policy.round_to}.",
             *([f"scratch: random weights, {_schedule(c.scratch, taught=False)}."] if self._scratch else []),
-            "One-shot is right after surgery, before anything is recalibrated: its order misleads.",
+            "One-shot is right after surgery, before anything is recalibrated: its order misleads. "
+            "With +refit, readers were refitted before the cut, "
+            "and recalibrated is after the passes that refit all layers.",
             f"Δ: difference from {c.reference} in points ± standard error, over the same images of the same "
             "seeds: the larger of what the spread over seeds and what the choice of images gives. "
             f"▲ and ▼: beyond {BEYOND} standard errors.",
@@ -229,7 +231,7 @@ class Table:
         rows = [row for row in self.rows if row.point == point]
         tuned = any(row.mean["tuned"] is not None for row in rows)
         phases = PHASES if tuned else PHASES[:2]
-        names = {"one_shot": "one-shot", "recalibrated": "BN recalibrated", "tuned": "fine-tuned"}
+        names = {"one_shot": "one-shot", "recalibrated": "recalibrated", "tuned": "fine-tuned"}
         header = ["method", "MACs kept"]
         for phase in phases:
             header += [names[phase], *(["Δ"] if phase in PAIRED else [])]
