@@ -196,7 +196,7 @@ class PlanOptions(OptionGroup):
         str | None,
         typer.Option(
             "--scope",
-            help="auto (knapsack where the criterion predicts losses; in compare per-group), per-group, "
+            help="auto (knapsack for a size where losses are predicted; in compare per-group), per-group, "
             "global, isomorphic or knapsack.",
         ),
     ] = None

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 JSON = Any  # what json.dumps takes without a default
 Role = Literal["gated", "ungated", "se_hidden", "frozen"]
-# Which channels compete, and by what; auto: knapsack where the ranking has costs, else per-group.
+# Which channels compete, and by what; auto: knapsack for a size where the ranking has costs, else per-group.
 Scope = Literal["auto", "per-group", "global", "isomorphic", "knapsack"]
 Target = Literal["ratio", "target_macs", "target_params"]
 TARGETS: tuple[Target, ...] = get_args(Target)

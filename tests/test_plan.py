@@ -498,14 +498,24 @@ def test_auto_is_the_knapsack_where_costs_are_known_of_all_groups_that_it_choose
     net = chain(group("a", 4), group("b", 4))
     scores = {"a": (1.0, 2.0, 3.0, 4.0), "b": (1.0, 2.0, 3.0, 4.0)}
     made = Ranking("reconstruction", scores, {}, costs={"a": (0.0, 1.0, 2.0, 3.0, 4.0)})
-    result = plan_pruning(made, net, policy=Policy(ratio=0.25, round_to=1, min_width=1, **policy))
+    result = plan_pruning(made, net, policy=Policy(target_macs=0.75, round_to=1, min_width=1, **policy))
     assert result.policy.scope == scope
     said = "Widths by group and not by knapsack: what removal costs is not known of b (4)."
     assert (said in result.notes) == (scope == "per-group")
     without = replace(made, costs={})
-    result = plan_pruning(without, net, policy=Policy(ratio=0.25, round_to=1, min_width=1, **policy))
+    result = plan_pruning(without, net, policy=Policy(target_macs=0.75, round_to=1, min_width=1, **policy))
     assert result.policy.scope == "per-group"
     assert said not in result.notes
+
+
+def test_auto_takes_a_ratio_of_every_group() -> None:
+    net = chain(group("a", 4), group("b", 4))
+    scores = {"a": (1.0, 2.0, 3.0, 4.0), "b": (1.0, 2.0, 3.0, 4.0)}
+    costs = {"a": (0.0, 1.0, 2.0, 3.0, 4.0), "b": (0.0, 9.0, 18.0, 27.0, 36.0)}
+    made = Ranking("reconstruction", scores, {}, costs=costs)
+    result = plan_pruning(made, net, policy=Policy(ratio=0.5, round_to=1, min_width=1))
+    assert result.policy.scope == "per-group"
+    assert result.widths_after == {"a": 2, "b": 2}
 
 
 # ---- targets ------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def test_the_saved_pruned_net_is_the_one_that_was_measured(model: Path) -> None:
     bundle = load_bundle(outcome.folder / "pruned.pt")
     assert outcome.report is not None
     assert sum(p.numel() for p in bundle.net.parameters()) == outcome.report.measurements[-1].params
-    assert bundle.lineage["plans"][0]["criterion"] == "contribution"
+    assert bundle.lineage["plans"][0]["criterion"] == "reconstruction"
     assert bundle.lineage["base"]["path"] == str(model.resolve())
 
 

@@ -26,7 +26,7 @@ def plan_pruning(ranking: Ranking, coupling: Countable, *, policy: Policy) -> Pr
     """
     asked, policy = policy, resolve_scope(policy, ranking, coupling)
     own, fixed, free, notes = _ladders(ranking, coupling, policy)
-    if asked.scope == "auto" and policy.scope == "per-group" and ranking.costs:
+    if asked.scope == "auto" and policy.scope == "per-group" and policy.ratio is None and ranking.costs:
         unknown = listed(ladder.group for ladder in free if ladder.name not in ranking.costs)
         notes.append(f"Widths by group and not by knapsack: what removal costs is not known of {unknown}.")
     schedule = build_schedule(free, ranking, coupling, policy)
@@ -63,16 +63,19 @@ def plan_pruning(ranking: Ranking, coupling: Countable, *, policy: Policy) -> Pr
 
 
 def resolve_scope(policy: Policy, ranking: Ranking, coupling: Countable) -> Policy:
-    """The policy, with what 'auto' stands for: the knapsack needs the cost of removal in every group.
+    """The policy, with what 'auto' stands for.
 
-    In every group, that is, whose width it chooses.
+    A ratio is of every group: channels priced alike would mostly go from wide layers that save little. A size
+    is met by the knapsack, which needs the cost of removal in every group whose width it chooses.
     """
     check_policy(policy)
     if policy.scope != "auto":
         return policy
     groups, _ = candidates(coupling, policy)
     own = own_ratios(groups, coupling, policy)
-    known = all(group.name in ranking.costs for group in groups if group.name not in own)
+    known = policy.ratio is None and all(
+        group.name in ranking.costs for group in groups if group.name not in own
+    )
     return replace(policy, scope="knapsack" if known else "per-group")
 
 
