@@ -14,7 +14,7 @@ from sepress.constraints import ConstraintResult, parse_constraint
 from sepress.constraints import evaluate as hold
 from sepress.coupling import Coupling, trace
 from sepress.errors import InputError
-from sepress.job import Job, batch_size, policy_of, train_config, workers
+from sepress.job import Job, policy_of, train_config
 from sepress.plan import plan_pruning, smallest_macs
 from sepress.pruning import (
     CHECK_IMAGES,
@@ -27,7 +27,7 @@ from sepress.pruning import (
 from sepress.recipe import FinetuneStage
 from sepress.search import search_note, smallest_within
 from sepress.steps import Judged, prune_in_steps
-from sepress.train import evaluate, train
+from sepress.train import train
 from sepress.types import Measurement, Policy, PruningPlan
 
 
@@ -153,15 +153,7 @@ def _tune(job: Job, net: nn.Module, stage: Any, *, epochs: int | None = None) ->
 
 
 def _on_validation(job: Job, net: nn.Module, label: str) -> Measurement:
-    accuracy = evaluate(
-        net,
-        job.source,
-        split="val",
-        device=job.device,
-        batch_size=batch_size(job.recipe),
-        workers=workers(job.recipe),
-    )
-    figures = dataclasses.asdict(accuracy)
+    figures = dataclasses.asdict(job.accuracy(net, "val"))
     reason = figures.pop("reason")
     missing = dict.fromkeys(figures, reason or "not measured")
     return not_measured(label, missing, **figures)

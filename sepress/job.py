@@ -31,6 +31,7 @@ from sepress.pruning import first_images
 from sepress.recipe import Recipe
 from sepress.runfolder import RunFolder, StageRecord
 from sepress.schedule import TrainConfig
+from sepress.train import Accuracy, evaluate
 from sepress.types import JSON, Bundle, ModelSpec, Policy
 
 LABELS = ("base", "polarised", "pruned", "tuned")  # in the order in which nets are made
@@ -180,6 +181,17 @@ class Job:
     def images(self, count: int) -> Tensor:
         """The first calibration images, (count, C, H, W) on the device."""
         return first_images(self.calibration(count), count).to(self.device)
+
+    def accuracy(self, net: nn.Module, split: str) -> Accuracy:
+        """What a net does on a split of the job's data."""
+        return evaluate(
+            net,
+            self.source,
+            split=split,
+            device=self.device,
+            batch_size=batch_size(self.recipe),
+            workers=workers(self.recipe),
+        )
 
     def example(self) -> Tensor:
         """One blank input, (1, C, H, W) on the device: enough to count MACs."""

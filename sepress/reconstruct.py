@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sepress import console
 from sepress.calibrate import ExcitationStats, judged_positions, reader_key
 from sepress.coupling import Coupling
 from sepress.errors import SepressError
@@ -171,7 +172,7 @@ def order_groups(
     judged = judged_positions(coupling)
     parameters = dict(net.named_parameters(remove_duplicate=False))
     found: dict[str, tuple[list[int], list[float], int]] = {}
-    for number, group in enumerate(coupling.groups):
+    for number, group in enumerate(console.track(coupling.groups, "ordering channels")):
         consumers: list[Consumer] = []
         readers = 0
         for reader in coupling.readers:
@@ -267,7 +268,7 @@ def compensate(net: nn.Module, coupling: Coupling, stats: ExcitationStats, remov
     refitted: list[str] = []
     left: dict[str, str] = {}
     worst = 1.0
-    for parameter, readers in readers_by_parameter(coupling).items():
+    for parameter, readers in console.track(readers_by_parameter(coupling).items(), "refitting"):
         gone = _gone(coupling, readers[0], removed)
         if not gone.any():
             continue

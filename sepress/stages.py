@@ -54,7 +54,6 @@ from sepress.train import (
     Penalty,
     Polarisation,
     decisions,
-    evaluate,
     polarisation_notes,
     train,
 )
@@ -179,17 +178,7 @@ def finetune_stage(job: Job, settings: Any) -> StageRecord:
 
 
 def evaluate_stage(job: Job, settings: Any) -> StageRecord:
-    accuracies = {}
-    for label in job.labels:
-        accuracy = evaluate(
-            job.bundle(label).net,
-            job.source,
-            split=settings.split,
-            device=job.device,
-            batch_size=batch_size(job.recipe),
-            workers=workers(job.recipe),
-        )
-        accuracies[label] = asdict(accuracy)
+    accuracies = {label: asdict(job.accuracy(job.bundle(label).net, settings.split)) for label in job.labels}
     return StageRecord("evaluate", facts={"accuracy": accuracies})
 
 
@@ -455,14 +444,7 @@ def _decisions(job: Job, net: nn.Module, coupling: Coupling) -> Decisions:
     """Measure accuracy on validation, and the gates on calibration images."""
     images = job.calibration(CALIBRATION_IMAGES)
     stats = calibrate(net, coupling, images, evidence=frozenset({"excitation"}), device=job.device)
-    accuracy = evaluate(
-        net,
-        job.source,
-        split="val",
-        device=job.device,
-        batch_size=batch_size(job.recipe),
-        workers=workers(job.recipe),
-    )
+    accuracy = job.accuracy(net, "val")
     if accuracy.top1 is None:
         raise InputError(f"accuracy on validation can't be measured: {accuracy.reason}")
     return decisions(accuracy.top1, {gate.name: stats.mean_excitation(gate) for gate in coupling.gates})

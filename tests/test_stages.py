@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from sepress import cutting, pruning, stages
+from sepress import cutting, job, pruning, stages
 from sepress.bundle import load_bundle
 from sepress.errors import CheckError, InputError
 from sepress.recipe import Recipe
@@ -487,9 +487,9 @@ def test_a_constraint_that_no_smaller_net_holds_leaves_no_folder(model: Path, tm
 def test_a_constraint_that_can_not_be_told_is_refused_before_a_net_is_made(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = cutting.evaluate
+    plain = job.evaluate
     untold = {"top5": None, "reason": "top-5 says nothing here"}
-    monkeypatch.setattr(cutting, "evaluate", lambda *a, **n: replace(plain(*a, **n), **untold))
+    monkeypatch.setattr(job, "evaluate", lambda *a, **n: replace(plain(*a, **n), **untold))
     monkeypatch.setattr(cutting, "prune_channels", None)
     within = {"prune": {"within": "top5_drop<=0.01", **SMALL_STEPS}}
     with pytest.raises(InputError, match=r"can't be told on validation: .* top-5 says nothing here"):

@@ -114,13 +114,7 @@ def train(
             "the net can't be its own teacher", remedy="Pass a copy of the base model as teacher."
         )
     with ExitStack() as stack:
-        for module in (net,) if teacher is None else (net, teacher):
-            module.to(device)
-            if config.channels_last == "auto" and device.type in ("cpu", "cuda"):
-                stack.enter_context(channels_last(module))
-        if teacher is not None:
-            stack.enter_context(kept_modes(teacher))
-            teacher.eval()
+        stack.enter_context(ready(net, teacher, config=config, device=device))
         stack.enter_context(_restored(net))
         run = Run(net, source, config, device, teacher, penalty, rank, world_size)
         if checkpoint is not None:
@@ -441,7 +435,23 @@ def _mixed_precision(config: TrainConfig, device: torch.device) -> torch.dtype |
 
 
 @contextmanager
-def channels_last(net: nn.Module) -> Iterator[None]:
+def ready(
+    net: nn.Module, teacher: nn.Module | None, *, config: TrainConfig, device: torch.device
+) -> Iterator[None]:
+    """Both nets on the device and in the memory order that training takes, the teacher in eval mode."""
+    with ExitStack() as stack:
+        for module in (net,) if teacher is None else (net, teacher):
+            module.to(device)
+            if config.channels_last == "auto" and device.type in ("cpu", "cuda"):
+                stack.enter_context(_channels_last(module))
+        if teacher is not None:
+            stack.enter_context(kept_modes(teacher))
+            teacher.eval()
+        yield
+
+
+@contextmanager
+def _channels_last(net: nn.Module) -> Iterator[None]:
     """The 4-D weights in channels-last order in memory (the values and names stay); undone afterwards."""
     moved = [
         p for p in (*net.parameters(), *net.buffers()) if p.ndim == 4 and p.is_contiguous() and p.numel() > 1

@@ -5,16 +5,14 @@ from __future__ import annotations
 import copy
 import itertools
 import time
-from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from sepress.device import seeded
-from sepress.modes import kept_modes
 from sepress.schedule import TrainConfig
-from sepress.train.loop import Run, channels_last
+from sepress.train.loop import Run, ready
 
 if TYPE_CHECKING:
     from sepress.data import DataSource
@@ -36,15 +34,7 @@ def time_epoch(
     and decoders up, does not count.
     """
     student = copy.deepcopy(net)
-    with ExitStack() as stack:
-        stack.enter_context(seeded(config.seed))
-        for module in (student,) if teacher is None else (student, teacher):
-            module.to(device)
-            if config.channels_last == "auto" and device.type in ("cpu", "cuda"):
-                stack.enter_context(channels_last(module))
-        if teacher is not None:
-            stack.enter_context(kept_modes(teacher))
-            teacher.eval()
+    with seeded(config.seed), ready(student, teacher, config=config, device=device):
         run = Run(student, source, config, device, teacher, penalty=None, rank=0, world_size=1)
         student.train()
         times = [time.perf_counter()]
