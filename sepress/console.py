@@ -5,7 +5,11 @@ The library is silent; the command line switches the console on. stdout belongs 
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
@@ -66,3 +70,20 @@ def working(description: str) -> Iterator[None]:
 
 def _watched() -> bool:
     return _console is not None and _console.is_terminal and sys.stderr.isatty()
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Keep a library's prints, warnings and log records from the user."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

@@ -28,7 +28,7 @@ from sepress.data import DataSource
 from sepress.defaults import CALIBRATION_IMAGES
 from sepress.device import resolve_device, seeded
 from sepress.errors import CheckError, InputError, SepressError
-from sepress.export import check_onnx_parity, export_onnx, measure_onnx_latency
+from sepress.export import export_onnx
 from sepress.files import replacing, write_json, write_text
 from sepress.inspection import Inspection, inspect_bundle
 from sepress.job import (
@@ -42,11 +42,13 @@ from sepress.job import (
     workers,
 )
 from sepress.models import build_net
+from sepress.parity import check_onnx_parity
 from sepress.plan import check_plan, plan_from_json, plan_pruning, plan_to_json
 from sepress.pruning import group_rows
 from sepress.recipe import EvaluateStage, Recipe, TrainStage, check_inputs, effective_yaml, recipe_digest
 from sepress.report import report_to_json, report_to_markdown
 from sepress.runfolder import RunFolder, StageRecord
+from sepress.runtime import measure_onnx_latency
 from sepress.schedule import TrainConfig
 from sepress.summary import build_report
 from sepress.train import (

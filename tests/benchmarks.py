@@ -39,8 +39,8 @@ def taps() -> None:
 
     from sepress.coupling import trace
     from sepress.gates import Taps
-    from sepress.measure import measure_latency
     from sepress.models import build
+    from sepress.timing import measure_latency
 
     torch.set_num_threads(1)
     for reference in NETS:
@@ -97,7 +97,7 @@ def peak_mib() -> float:
 
 def startup() -> None:
     """`sepress --help` against importing typer and rich."""
-    from sepress.measure import measure_latency
+    from sepress.timing import measure_latency
 
     commands = {
         "typer and rich": [sys.executable, "-c", "import typer, rich, rich.console"],
@@ -122,8 +122,9 @@ def nets() -> None:
     import torch
 
     import sepress
-    from sepress.export import check_onnx_parity, measure_onnx_latency
     from sepress.models import build_net, build_spec
+    from sepress.parity import check_onnx_parity
+    from sepress.runtime import measure_onnx_latency
 
     torch.set_num_threads(2)
     print("| net | gates | MACs kept | params kept | masked = removed | ONNX parity | latency, 1 thread |")

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sepress.device import seeded
+
 
 def lively(net: nn.Module, seed: int = 0) -> nn.Module:
     """Give every parameter and running statistic a value that matters, and return the net in eval mode."""
@@ -397,3 +399,25 @@ def build(name: str, seed: int = 0) -> tuple[nn.Module, Tensor]:
     generator = torch.Generator().manual_seed(seed + 1)
     inputs = torch.randn(3, *INPUT_SHAPES.get(name, (3, 12, 12)), generator=generator)
     return lively(NETS[name](), seed), inputs
+
+
+class SmallNet(nn.Module):
+    """Convolution, norm, pooling and a head, in one to three dimensions."""
+
+    def __init__(self, dims: int = 2) -> None:
+        super().__init__()
+        conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims]
+        norm = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[dims]
+        self.conv, self.norm, self.fc = conv(3, 8, 3), norm(8), nn.Linear(8, 5)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)).relu().flatten(2).mean(2)
+
+    def forward(self, x: Tensor) -> object:
+        return self.fc(self.features(x))
+
+
+def images(count: int = 6, *shape: int) -> Tensor:
+    """The same noise each time: 3 x 12 x 12 unless a shape is given."""
+    with seeded(0):
+        return torch.randn(count, *(shape or (3, 12, 12)))

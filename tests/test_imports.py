@@ -16,8 +16,8 @@ LAYERS = [
     "errors", "defaults", "types", "console", "files", "device", "safe_yaml", "constraints", "schedule",
     "modes", "digests", "models", "data", "coupling",
     "gates", "moments", "baselines", "calibrate", "reconstruct", "criteria", "plan", "train", "recover",
-    "measure", "bundle", "export", "report", "pruning", "search", "steps", "inspection", "compare", "recipe",
-    "runfolder", "job", "cutting", "summary", "stages", "benchmark", "cli",
+    "measure", "timing", "runtime", "parity", "bundle", "export", "report", "pruning", "search", "steps",
+    "inspection", "compare", "recipe", "runfolder", "job", "cutting", "summary", "stages", "benchmark", "cli",
 ]
 HEAVY = {
     "torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "scipy", "numpy", "PIL", "mlxtend",

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import sepress
-from sepress.export import check_onnx_parity, export_onnx
+from sepress.export import export_onnx
 from sepress.models import build_net, build_spec
+from sepress.parity import check_onnx_parity
 
 GATES = {  # architecture -> SE gates, counted by hand in its paper's or library's block table
     "timm:mobilenetv3_large_100": 8,
