@@ -43,12 +43,17 @@ def check_single_runtime() -> None:
 
 
 def open_session(
-    path: str | Path, *, providers: str | Sequence[str] = "auto", threads: int | None = None
+    path: str | Path,
+    *,
+    providers: str | Sequence[str] = "auto",
+    threads: int | None = None,
+    profile_to: Path | None = None,
 ) -> Any:
     """Open an onnxruntime.InferenceSession; ask its get_providers()[0] which provider really runs.
 
     `providers` is 'auto' (CUDA where it loads, else CPU), one of PROVIDERS, or ONNX Runtime's own names in
-    order. `threads` limits the threads inside an operator; None leaves it to the runtime. Raises InputError
+    order. `threads` limits the threads inside an operator; None leaves it to the runtime. With `profile_to`,
+    a path that file names begin with, the session times its operators until end_profiling(). Raises InputError
     for an unknown provider, and for one that was asked for by name and does not load.
     """
     check_single_runtime()
@@ -61,6 +66,9 @@ def open_session(
         options.intra_op_num_threads = threads
         # two sessions timed in turn: the idle one's threads must not spin beside the other
         options.add_session_config_entry("session.force_spinning_stop", "1")
+    if profile_to is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile_to)
     wanted = _provider_names(providers)
     available = onnxruntime.get_available_providers()
     usable = [name for name in wanted if name in available] or [PROVIDERS["cpu"]]
