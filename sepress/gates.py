@@ -25,6 +25,7 @@ from sepress.errors import InputError, SepressError
 from sepress.types import CallSite, Gate, Reader, Removed
 
 OnGate = Callable[[Gate, Tensor], "Tensor | None"]
+OnProduct = Callable[[Gate, Tensor, Tensor], None]
 OnRead = Callable[[Reader, Tensor], "Tensor | None"]
 OnCall = Callable[[Reader, "ReaderCall"], None]
 _Handler = Callable[[Tensor], "Tensor | None"]
@@ -48,7 +49,8 @@ class Taps(TorchFunctionMode):
 
     `on_gate(gate, s)` gets the excitation as it is multiplied, after its squash; `on_read(reader, x)` the
     activation that a conv or linear layer is about to read. What they return replaces the operand; None
-    leaves it. `on_call(reader, call)` looks at the layer's call once it is made. `net` must be in the mode
+    leaves it. `on_product(gate, s, x)` looks at the excitation and the map that are about to be multiplied,
+    `on_call(reader, call)` at a layer's call once it is made. `net` must be in the mode
     that was traced (eval). Callbacks run outside of the mode: their own torch calls are neither counted nor
     tapped. Raises SepressError where a forward is not the traced one.
     """
@@ -59,6 +61,7 @@ class Taps(TorchFunctionMode):
         coupling: Coupling,
         *,
         on_gate: OnGate | None = None,
+        on_product: OnProduct | None = None,
         on_read: OnRead | None = None,
         on_call: OnCall | None = None,
     ) -> None:
@@ -75,6 +78,10 @@ class Taps(TorchFunctionMode):
                 self._handlers.setdefault(reader.site.index, []).append(
                     (reader.site, partial(on_read, reader))
                 )
+        self._products: dict[int, list[tuple[Gate, OnProduct]]] = {}
+        if on_product is not None:
+            for gate in coupling.gates:
+                self._products.setdefault(gate.site.index, []).append((gate, on_product))
         self._watchers: dict[int, list[tuple[Reader, OnCall]]] = {}
         if on_call is not None:
             for reader in coupling.readers:
@@ -105,6 +112,8 @@ class Taps(TorchFunctionMode):
     ) -> Any:
         index = self._index
         self._index = index + 1
+        for gate, look in self._products.get(index, ()):
+            look(gate, *_factors(gate, func, args, kwargs))
         if index in self._handlers:
             args, kwargs = self._visit(index, func, args, kwargs or {})
         result = func(*args, **kwargs) if kwargs else func(*args)
@@ -198,9 +207,25 @@ def rows_per_image(x: Tensor, axis: int, images: int) -> int:
 
 
 def _operand(site: CallSite, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Tensor:
+    return _tensors(site, func, args, kwargs)[site.operand]
+
+
+def _factors(gate: Gate, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> list[Tensor]:
+    """The excitation and the map beside it in the call that multiplies them."""
+    tensors = _tensors(gate.site, func, args, kwargs)
+    s = tensors.pop(gate.site.operand)
+    if len(tensors) != 1:
+        raise InputError(
+            f"gate '{gate.name}' multiplies in a call of {len(tensors) + 1} tensors ({gate.site.function})",
+            remedy="Expected the excitation and the map alone.",
+        )
+    return [s, tensors[0]]
+
+
+def _tensors(site: CallSite, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> list[Tensor]:
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     _check_call(site, func, len(tensors))
-    return tensors[site.operand]
+    return tensors
 
 
 def _check_call(site: CallSite, func: Callable[..., Any], tensors: int) -> None:

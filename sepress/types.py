@@ -21,6 +21,7 @@ Scope = Literal["auto", "per-group", "global", "isomorphic", "knapsack"]
 Target = Literal["ratio", "target_macs", "target_params"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 Removed = Mapping[str, "tuple[int, ...]"]  # group name -> sorted units that go
+ReplacementKind = Literal["identity", "scale", "excitation"]  # see models/folded.py
 
 
 # ---- models -------------------------------------------------------------------------------------
@@ -64,11 +65,21 @@ class AttributePatch:
 
 
 @dataclass(frozen=True)
+class Replacement:
+    """A module of the architecture that gave way to a smaller one, of a closed list of kinds."""
+
+    module: str  # dotted path
+    kind: ReplacementKind
+    shape: tuple[int, ...] = ()  # of the one tensor that it holds, its `scale`; () where it holds none
+
+
+@dataclass(frozen=True)
 class Layout:
-    """The shape of every parameter and buffer, and every patched attribute, of a net."""
+    """The shape of every parameter and buffer, every patched attribute and every replaced module of a net."""
 
     shapes: Mapping[str, tuple[int, ...]]  # state-dict name -> shape
     attributes: tuple[AttributePatch, ...] = ()
+    replaced: tuple[Replacement, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from sepress.device import seeded
 from sepress.errors import InputError, SepressError
 from sepress.files import replacing
 from sepress.models import build_net, build_spec, factory_reference, override_preprocessing, parse_reference
+from sepress.models.folded import apply_replacements, find_replacements
 from sepress.types import JSON, AttributePatch, Bundle, Layout, ModelSpec
 
 __all__ = [
@@ -66,7 +67,7 @@ def make_bundle(
 ) -> Bundle:
     """Join a net with what builds it again, and make sure that it does.
 
-    The numbers that pruning rewrote are found by comparing the net with its architecture; `attributes` are
+    The modules that folding put in and the numbers that pruning rewrote are found by comparing the net with its architecture; `attributes` are
     only needed, all that there ever were and in order, where a user's factory can't be imported by its name
     and is not given as `factory` either. Raises InputError for a net without a spec, and for one that its
     spec does not build.
@@ -80,15 +81,17 @@ def make_bundle(
         raise InputError(f"'{extra[0]}' is state that is not a tensor, which a model file can't hold")
     tensors, _ = named_tensors(net)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    layout = Layout(shapes, merge_patches(attributes))
+    layout = Layout(shapes, merge_patches(attributes), find_replacements(net))
     outline = _outline(spec, factory)
     if outline is not None:
         where = f"this {type(net).__name__}"
+        apply_replacements(outline, layout.replaced, where=where)
         header = _header(net, spec, layout, lineage)
         check_architecture(outline, header, tensors, where=where)
         check_layout(header, tensors, where=where)
         narrow(outline, {n: torch.empty_like(t, device="meta") for n, t in tensors.items()}, header)
-        layout = Layout(shapes, merge_patches((*layout.attributes, *find_patches(net, outline))))
+        patches = merge_patches((*layout.attributes, *find_patches(net, outline)))
+        layout = replace(layout, attributes=patches)
     return Bundle(spec=spec, layout=layout, lineage=lineage, net=net)
 
 
@@ -271,9 +274,11 @@ def _load_native(
         net = build_net(header.spec, device="meta", factory=factory)
     except InputError as error:
         raise InputError(f"{path}: {error.message}", remedy=error.remedy) from error
+    apply_replacements(net, header.layout.replaced, where=where)
     check_architecture(net, header, found.tensors, where=where)
     if _has_loose_tensors(net):  # values that only the constructor knows
         net = build_net(header.spec, factory=factory)
+        apply_replacements(net, header.layout.replaced, where=where)
     apply_patches(net, header.layout.attributes, where=where)
     narrow(net, found.tensors, header)
     return Bundle(header.spec, header.layout, header.lineage, net)

@@ -126,6 +126,13 @@ def check_layout(header: Header, tensors: Mapping[str, Tensor], *, where: str) -
             raise InputError(
                 f"{where}: '{name}' is {tuple(tensor.shape)}, but its header says {shapes[name]}"
             )
+    for new in header.layout.replaced:
+        held = {name: shapes[name] for name in shapes if name.startswith(f"{new.module}.")}
+        if held != ({} if new.kind == "identity" else {f"{new.module}.scale": new.shape}):
+            raise InputError(
+                f"{where}: its header replaces '{new.module}' by a module ({new.kind}) that does not hold "
+                f"its tensors: {_first(sorted(held))}"
+            )
     count = header.spec.kwargs.get("num_classes")
     if count is not None and not any(count in shape for shape in shapes.values()):
         raise InputError(f"{where}: its spec says {count} classes, but no tensor has so many")

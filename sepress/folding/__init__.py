@@ -1,0 +1,1 @@
+"""Gates that hardly matter -> constants in the weights around them, their SE blocks gone (`sepress.fold`)."""
