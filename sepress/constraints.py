@@ -319,10 +319,11 @@ def evaluate(
     subject: Report | Sequence[Measurement],
     *,
     checks: Mapping[str, Check] | None = None,
+    base: str = BASE,
 ) -> ConstraintResult:
     """Compare a report, or measurements in the order they were made, with one constraint.
 
-    The final net is the last measurement that is not labelled base (the base itself where it stands
+    The final net is the last measurement that is not labelled `base` (the base itself where it stands
     alone: then only metrics that compare nothing can be met). The base beside it is the one measured
     on the same split, where there are several.
     """
@@ -330,7 +331,7 @@ def evaluate(
     if checks is None:
         checks = subject.checks if isinstance(subject, Report) else {}
     try:
-        reading = METRICS[constraint.metric].compute(_evidence(measurements, checks))
+        reading = METRICS[constraint.metric].compute(_evidence(measurements, checks, base))
         if not math.isfinite(reading.actual):
             raise _Unmeasured(f"the result is {reading.actual} ({reading.figures})")
     except _Unmeasured as why:
@@ -339,12 +340,12 @@ def evaluate(
     return ConstraintResult(str(constraint), reading.actual, passed, figures=reading.figures)
 
 
-def _evidence(measurements: Sequence[Measurement], checks: Mapping[str, Check]) -> Evidence:
+def _evidence(measurements: Sequence[Measurement], checks: Mapping[str, Check], label: str) -> Evidence:
     if not measurements:
         return Evidence(None, None, checks)
-    others = [measurement for measurement in measurements if measurement.label != BASE]
+    others = [measurement for measurement in measurements if measurement.label != label]
     final = (others or list(measurements))[-1]
-    bases = [measurement for measurement in measurements if measurement.label == BASE]
+    bases = [measurement for measurement in measurements if measurement.label == label]
     beside = [base for base in bases if base.split == final.split] or bases
     return Evidence(final, beside[-1] if others and beside else None, checks)
 

@@ -9,7 +9,7 @@ ranks       what several processes agree on
 """
 
 from sepress.schedule import TrainConfig, learning_rate
-from sepress.train.evaluate import Accuracy, evaluate, logits_of
+from sepress.train.evaluate import Accuracy, count_right, evaluate, logits_of
 from sepress.train.loop import EpochRow, Penalty, TrainResult, train
 from sepress.train.polarise import Decisions, Polarisation, decisions, polarisation_notes
 from sepress.train.recalibrate import recalibrate_batchnorm
@@ -26,6 +26,7 @@ __all__ = [
     "polarisation_notes",
     "learning_rate",
     "evaluate",
+    "count_right",
     "Accuracy",
     "logits_of",
     "recalibrate_batchnorm",

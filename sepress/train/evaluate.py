@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,36 @@ def evaluate(
     The net is moved to the device; its mode is restored. Where labels can't be compared with its outputs,
     or outputs are not finite, the figures are None with the reason. Every process gets the whole's figures.
     """
+    net.to(device)
+    with evaluating(net):
+        return count_right(
+            _answering(net, device),
+            source,
+            split=split,
+            device=device,
+            batch_size=batch_size,
+            workers=workers,
+            rank=rank,
+            world_size=world_size,
+        )
+
+
+def count_right(
+    answer: Callable[[Tensor], Any],
+    source: DataSource,
+    *,
+    split: str,
+    device: torch.device,
+    batch_size: int = 256,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Accuracy:
+    """As `evaluate`, of whatever gives outputs for images (N, C, H, W): a net, or a file in its runtime.
+
+    It is given every image of the split, labelled or not, in the split's order. `device` is where processes
+    add up what they counted.
+    """
     check_world(rank, world_size)
     reason = source.labels_reason
     if reason is None and not source.splits.get(split):
@@ -67,10 +97,8 @@ def evaluate(
     )
     counts = torch.zeros(3, classes, dtype=torch.float64)  # by class: images, right, right among five
     loss_sum = torch.zeros(2, dtype=torch.float64)  # of the loss, and images whose loss is not finite
-    net.to(device)
-    with evaluating(net):
-        for logits, targets in _classify(net, loader, split, classes=classes, device=device):
-            _count(counts, loss_sum, logits, targets)
+    for logits, targets in _classify(answer, loader, split, classes=classes):
+        _count(counts, loss_sum, logits, targets)
     sums = torch.cat([counts.flatten(), loss_sum]).to(device if world_size > 1 else "cpu")
     sums = total(sums, world_size=world_size).cpu()
     return _accuracy(split, names, sums[:-2].view(3, classes), *sums[-2:].tolist())
@@ -97,20 +125,24 @@ def find_right(
     with evaluating(net):
         right = [
             (logits.argmax(1) == targets) & logits.isfinite().all(1)
-            for logits, targets in _classify(net, loader, split, classes=classes, device=device)
+            for logits, targets in _classify(_answering(net, device), loader, split, classes=classes)
         ]
     if not sum(map(len, right)):
         raise InputError(f"no image of the {split} split has a label")
     return torch.cat(right).numpy()
 
 
+def _answering(net: nn.Module, device: torch.device) -> Callable[[Tensor], Any]:
+    return lambda images: net(images.to(device, non_blocking=True))
+
+
 def _classify(
-    net: nn.Module, loader: Loader, split: str, *, classes: int, device: torch.device
+    answer: Callable[[Tensor], Any], loader: Loader, split: str, *, classes: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits (N, K) float32 and targets (N,) of the labelled images, batch by batch, on the CPU."""
     for inputs, targets in console.track(loader, f"evaluating on {split}", total=len(loader)):
         known = targets >= 0
-        logits = logits_of(net(inputs.to(device, non_blocking=True)), classes=classes)
+        logits = logits_of(answer(inputs), classes=classes)
         yield logits.float().cpu()[known], targets[known]
 
 
