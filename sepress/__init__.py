@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from sepress.bundle import save_net as save
     from sepress.coupling import find_gates, find_groups
     from sepress.export import export_onnx
+    from sepress.folding import FoldResult, fold
     from sepress.models import build
     from sepress.pruning import PruneResult, prune
 
 __version__ = "0.1.0"
 __all__ = [
     "prune",
+    "fold",
     "load",
     "save",
     "build",
@@ -26,12 +28,15 @@ __all__ = [
     "find_groups",
     "export_onnx",
     "PruneResult",
+    "FoldResult",
     "__version__",
 ]
 
 _WHERE = {
     "prune": ("sepress.pruning", "prune"),
     "PruneResult": ("sepress.pruning", "PruneResult"),
+    "fold": ("sepress.folding", "fold"),
+    "FoldResult": ("sepress.folding", "FoldResult"),
     "load": ("sepress.bundle", "load_bundle"),
     "save": ("sepress.bundle", "save_net"),
     "build": ("sepress.models", "build"),

@@ -78,7 +78,7 @@ def cut_within(job: Job, settings: Any, judged: Judged) -> Surgery:
     constraint = parse_constraint(settings.within)
     policy = policy_of(settings)
     tuning = next((stage for stage in job.recipe.stages if stage.kind == "finetune"), None)
-    base = _on_validation(job, job.bundle("base").net, "base")
+    base = on_validation(job, job.bundle("base").net, "base")
     if base.top1 is None:
         raise InputError(
             f"accuracy on validation can't be measured: {base.reasons['top1']}",
@@ -101,7 +101,7 @@ def cut_within(job: Job, settings: Any, judged: Judged) -> Surgery:
         if tuning is not None:
             net = copy.deepcopy(net)
             _tune(job, net, tuning)
-        return surgery, hold(constraint, [base, _on_validation(job, net, "pruned")])
+        return surgery, hold(constraint, [base, on_validation(job, net, "pruned")])
 
     whole = judged.coupling.count_macs({})
     least = smallest_macs(judged.ranking, judged.coupling, policy=of_share(0.5)) / whole
@@ -152,7 +152,8 @@ def _tune(job: Job, net: nn.Module, stage: Any, *, epochs: int | None = None) ->
         train(net, job.source, config=config, device=job.device, teacher=teacher)
 
 
-def _on_validation(job: Job, net: nn.Module, label: str) -> Measurement:
+def on_validation(job: Job, net: nn.Module, label: str) -> Measurement:
+    """A net's accuracy on validation, as constraints read it; what is missing carries its reason."""
     figures = dataclasses.asdict(job.accuracy(net, "val"))
     reason = figures.pop("reason")
     missing = dict.fromkeys(figures, reason or "not measured")

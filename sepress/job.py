@@ -34,7 +34,7 @@ from sepress.schedule import TrainConfig
 from sepress.train import Accuracy, evaluate
 from sepress.types import JSON, Bundle, ModelSpec, Policy
 
-LABELS = ("base", "polarised", "pruned", "tuned")  # in the order in which nets are made
+LABELS = ("base", "polarised", "folded", "pruned", "tuned")  # of the nets that stages make
 SAVED_CHECK = "saved_equals_loaded"
 _TRAINING = {"train": "training", "polarise": "polarising", "finetune": "fine-tuning"}  # these need labels
 
@@ -106,11 +106,15 @@ class Job:
                 what = f"a search within {stage.within}"
             elif stage.kind == "prune" and stage.step_epochs:
                 what = "fine-tuning between steps"
+            elif stage.kind == "fold" and stage.constraint is not None:
+                what = f"folding gates within {stage.constraint}"
             else:
                 continue
+            otherwise = "; or fold all gates (--all), or those you name (--gates)"
             raise InputError(
                 f"{what} needs labels: {self.source.labels_reason}",
-                remedy="Pass data in class folders that the model's outputs match, or --classes FILE.",
+                remedy="Pass data in class folders that the model's outputs match, or --classes FILE"
+                f"{otherwise if stage.kind == 'fold' else ''}.",
             )
 
     @property
@@ -144,13 +148,18 @@ class Job:
     @property
     def labels(self) -> list[str]:
         """The labels of the nets there are, in the order in which they were made."""
-        return [label for label in LABELS if label in self.bundles or self.artifact(label)]
+        given = [label for label in ("base", self.input_label) if label in self.bundles]
+        return list(dict.fromkeys((*given, *self._made)))
 
     @property
     def label(self) -> str:
         """The newest net's label: what this run made last, else its input."""
-        made = [label for label in LABELS if self.artifact(label)]
-        return made[-1] if made else self.input_label
+        return self._made[-1] if self._made else self.input_label
+
+    @property
+    def _made(self) -> list[str]:
+        """The labels of the nets that the finished stages made, in their order."""
+        return [role for record in self.records for role in record.artifacts if role in LABELS]
 
     @property
     def newest(self) -> Bundle:
@@ -261,7 +270,8 @@ def _input_label(recipe: Recipe, bundle: Bundle) -> str:
         return "polarised"
     if kinds & {"polarise", "prune"} or stage not in LABELS:
         return "base"
-    if stage == "tuned" and "finetune" in kinds:  # a tuned net tuned again
+    again = {"tuned": "finetune", "folded": "fold"}
+    if again.get(str(stage)) in kinds:  # a tuned net tuned again
         return "pruned" if bundle.lineage.get("plans") else "base"
     return str(stage)
 

@@ -286,6 +286,36 @@ _TARGETS = (*TARGETS, "within")
 _PLANNING = ("criterion", *(field.name for field in fields(Policy)), "within", "steps", "step_epochs")
 
 
+class FoldStage(Settings):
+    """Fold gates into the weights around them."""
+
+    kind: Literal["fold"] = "fold"
+    # what the most gates that hold it on validation are folded within, against the net as it came
+    within: Annotated[str, AfterValidator(_check_held)] = "top1_drop<=0.001"
+    gates: tuple[Annotated[str, Field(min_length=1)], ...] = ()  # patterns of gate names: fold these
+    all: bool = False  # fold every gate, whatever it costs
+    calibration_images: Count = defaults.CALIBRATION_IMAGES
+    allow_vacuous: bool = False  # accept a check that can't tell
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> Self:
+        if self.all and (self.gates or "within" in self.model_fields_set):
+            raise ValueError("all folds every gate, whatever it costs: it takes no gates, and no within")
+        return self
+
+    @property
+    def constraint(self) -> str | None:
+        """What must hold; None where the gates are named and no constraint is."""
+        named = self.all or bool(self.gates)
+        return self.within if "within" in self.model_fields_set or not named else None
+
+    @model_serializer(mode="wrap")
+    def _named_gates_have_no_default(self, dump: SerializerFunctionWrapHandler) -> dict[str, JSON]:
+        """Leave out the constraint that naming gates makes void, so that what is written reads the same."""
+        values: dict[str, JSON] = dump(self)
+        return {name: value for name, value in values.items() if name != "within" or self.constraint}
+
+
 class EvaluateStage(Settings):
     """Measure accuracy."""
 
@@ -306,13 +336,14 @@ class ExportStage(Settings):
 STAGES: Mapping[str, type[Settings]] = {
     "train": TrainStage,
     "polarise": PolariseStage,
+    "fold": FoldStage,
     "rank": RankStage,
     "prune": PruneStage,
     "finetune": FinetuneStage,
     "evaluate": EvaluateStage,
     "export": ExportStage,
 }
-# in a run
+# in a run; fold has no place of its own
 _PLACES = {"train": 0, "polarise": 1, "rank": 2, "prune": 3, "finetune": 4, "evaluate": 5, "export": 5}
 
 
@@ -335,7 +366,14 @@ def _read_stage(value: object) -> object:
 
 
 Stage = Annotated[
-    TrainStage | PolariseStage | RankStage | PruneStage | FinetuneStage | EvaluateStage | ExportStage,
+    TrainStage
+    | PolariseStage
+    | FoldStage
+    | RankStage
+    | PruneStage
+    | FinetuneStage
+    | EvaluateStage
+    | ExportStage,
     Field(discriminator="kind"),
     BeforeValidator(_read_stage),
 ]
@@ -364,12 +402,17 @@ class Recipe(Settings):
         for kind in STAGES:
             if kinds.count(kind) > 1:
                 raise ValueError(f"'{kind}' stands twice; a second round is a run on the first one's model")
-        for before, after in pairwise(kinds):
-            if _PLACES[before] > _PLACES[after]:
-                raise ValueError(
-                    f"'{after}' can't follow '{before}'; the order is train, polarise, rank, prune, "
-                    "finetune, then evaluate and export"
-                )
+        at = kinds.index("fold") if "fold" in kinds else len(kinds)
+        ordered = kinds[:at] + kinds[at + 1 :]
+        wrong = [pair for pair in pairwise(ordered) if _PLACES[pair[0]] > _PLACES[pair[1]]]
+        if at < len(kinds):
+            wrong += [(kind, "fold") for kind in kinds[:at] if kind in ("evaluate", "export")]
+            wrong += [("fold", kind) for kind in kinds[at:] if kind in ("train", "polarise")]
+        for before, after in wrong:
+            raise ValueError(
+                f"'{after}' can't follow '{before}'; the order is train, polarise, rank, prune, "
+                "finetune, then evaluate and export; fold stands anywhere between polarise and evaluate"
+            )
         return stages
 
     @model_validator(mode="after")

@@ -23,13 +23,16 @@ from sepress.bundle import new_folder
 from sepress.calibrate import ExcitationStats, calibrate
 from sepress.compare import Comparison, Point, Table, compare, read_method, split_policy
 from sepress.coupling import Coupling
-from sepress.cutting import cut, cut_in_steps, cut_within, judge
+from sepress.constraints import evaluate as hold
+from sepress.constraints import parse_constraint
+from sepress.cutting import cut, cut_in_steps, cut_within, judge, on_validation
 from sepress.data import DataSource
 from sepress.defaults import CALIBRATION_IMAGES
 from sepress.device import resolve_device, seeded
 from sepress.errors import CheckError, InputError, SepressError
 from sepress.export import export_onnx
 from sepress.files import replacing, write_json, write_text
+from sepress.folding import FoldResult, fold_gates
 from sepress.inspection import Inspection, inspect_bundle
 from sepress.job import (
     SAVED_CHECK,
@@ -44,7 +47,7 @@ from sepress.job import (
 from sepress.models import build_net
 from sepress.parity import check_onnx_parity
 from sepress.plan import check_plan, plan_from_json, plan_pruning, plan_to_json
-from sepress.pruning import group_rows
+from sepress.pruning import CHECK_IMAGES, group_rows
 from sepress.recipe import EvaluateStage, Recipe, TrainStage, check_inputs, effective_yaml, recipe_digest
 from sepress.report import report_to_json, report_to_markdown
 from sepress.runfolder import RunFolder, StageRecord
@@ -81,7 +84,7 @@ def load_stage(job: Job, settings: Any) -> StageRecord:
     console.log(f"loaded {spec.reference}" + ("" if spec.trained else ", UNTRAINED (random weights)"))
     kept = {}
     if not Path(job.recipe.model.source).is_file() and any(
-        stage.kind in ("polarise", "prune") for stage in job.recipe.stages
+        stage.kind in ("polarise", "fold", "prune") for stage in job.recipe.stages
     ):
         bundle = job.newest
         kept["base"], _ = job.keep("base", bundle.net, lineage=dict(bundle.lineage), trained=spec.trained)
@@ -166,6 +169,27 @@ def prune_stage(job: Job, settings: Any) -> StageRecord:
     return StageRecord("prune", files, facts)
 
 
+def fold_stage(job: Job, settings: Any) -> StageRecord:
+    """Fold gates of the newest net, say of each what became of it, and keep what is left."""
+    parent = job.newest
+    found = _fold(job, settings, parent.net)
+    lineage = {
+        **parent.lineage,
+        "folded": [*parent.lineage.get("folded", ()), *found.folded],
+        "base": job.origin() if job.label == "base" else parent.lineage.get("base"),
+    }
+    name, saved = job.keep("folded", found.net, lineage=lineage, trained=parent.spec.trained)
+    notes = found.notes()
+    console.log(notes[0])
+    facts = {
+        "folding": [asdict(outcome) for outcome in found.gates],
+        "folded_equals_constant": asdict(found.check),
+        SAVED_CHECK: saved,
+        "notes": notes,
+    }
+    return StageRecord("fold", {"folded": name}, facts)
+
+
 def finetune_stage(job: Job, settings: Any) -> StageRecord:
     """Train the newest net on, taught by its base where that is at hand."""
     parent = job.newest
@@ -215,6 +239,7 @@ STAGES: dict[str, Callable[[Job, Any], StageRecord]] = {
     "load": load_stage,
     "train": train_stage,
     "polarise": polarise_stage,
+    "fold": fold_stage,
     "rank": rank_stage,
     "prune": prune_stage,
     "finetune": finetune_stage,
@@ -384,7 +409,7 @@ def _stage_list(recipe: Recipe) -> list[tuple[str, Any]]:
     kinds = {kind for kind, _ in stages}
     if "train" not in kinds:
         stages.insert(0, ("load", None))
-    if kinds & {"train", "polarise", "prune", "finetune"} and "evaluate" not in kinds:
+    if kinds & {"train", "polarise", "fold", "prune", "finetune"} and "evaluate" not in kinds:
         stages.append(("evaluate", EvaluateStage()))  # after all choices: test is touched once
     return stages
 
@@ -440,6 +465,32 @@ def _train(
     name, saved = job.keep(label, net, lineage=lineage, trained=True)
     checkpoint.unlink(missing_ok=True)  # the finished model has taken its place
     return StageRecord(settings.kind, {label: name}, {"trained": True, SAVED_CHECK: saved})
+
+
+def _fold(job: Job, settings: Any, net: nn.Module) -> FoldResult:
+    """Fold the gates named, or the most that hold the constraint on validation, where `net` is the base."""
+    accept = None
+    if settings.constraint is not None:
+        constraint = parse_constraint(settings.constraint)
+        base = on_validation(job, net, "base")
+        known = hold(constraint, [base, replace(base, label="folded")])
+        if known.actual is None:  # before anything is measured for it
+            raise InputError(f"{constraint} can't be told on validation: {known.reason}")
+
+        def accept(folded: nn.Module) -> tuple[bool, str]:
+            result = hold(constraint, [base, on_validation(job, folded, "folded")])
+            return result.passed, str(result)
+
+    return fold_gates(
+        net,
+        job.coupling(),
+        job.calibration(settings.calibration_images),
+        job.images(CHECK_IMAGES),
+        patterns=settings.gates or ("*",),
+        accept=accept,
+        device=job.device,
+        allow_vacuous=settings.allow_vacuous,
+    )
 
 
 def _decisions(job: Job, net: nn.Module, coupling: Coupling) -> Decisions:

@@ -38,6 +38,9 @@ def build_report(job: Job) -> Report:
                 job.fact("masked_equals_removed"), "nothing was pruned in this run"
             ),
             "onnx_parity": _check(job.fact("onnx_parity"), "nothing was exported in this run"),
+            "folded_equals_constant": _check(
+                job.fact("folded_equals_constant"), "no gate was folded in this run"
+            ),
             SAVED_CHECK: _check(job.fact(SAVED_CHECK), "no model was saved in this run"),
         },
         artifacts={role: None if path is None else str(path.resolve()) for role, path in artifacts.items()},

@@ -16,7 +16,7 @@ LAYERS = [
     "errors", "defaults", "types", "console", "files", "device", "safe_yaml", "constraints", "schedule",
     "modes", "digests", "models", "data", "coupling",
     "gates", "moments", "baselines", "calibrate", "reconstruct", "criteria", "plan", "train", "recover",
-    "measure", "timing", "runtime", "parity", "bundle", "export", "report", "pruning", "search", "steps",
+    "measure", "timing", "runtime", "parity", "bundle", "export", "report", "pruning", "folding", "search", "steps",
     "inspection", "compare", "recipe", "runfolder", "job", "cutting", "summary", "stages", "benchmark", "cli",
 ]
 HEAVY = {

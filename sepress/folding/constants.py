@@ -1,4 +1,4 @@
-"""Calibration images -> the constant of every gate, and what the net loses when one gate alone is constant."""
+"""Calibration images -> the constant of every gate, and what the net loses with one gate alone constant."""
 
 from __future__ import annotations
 
@@ -29,6 +29,15 @@ class Loss:
 
     cross_entropy: float | None  # its rise; None without labels
     divergence: float  # KL from the unfolded net's outputs
+
+    @property
+    def figure(self) -> float:
+        """What gates are ordered by."""
+        return self.divergence if self.cross_entropy is None else self.cross_entropy
+
+    def __str__(self) -> str:
+        what = "of divergence from the unfolded net" if self.cross_entropy is None else "of loss"
+        return f"{round(self.figure, 4) + 0:.4f} {what}"  # + 0: no -0.0000
 
 
 def constant_gates(

@@ -1,7 +1,7 @@
 """One forward -> which call read what which other call made, and what each module took and gave.
 
-The trace (coupling/trace.py) knows channels and not calls; folding a gate asks the opposite: what else reads the
-map before it, what reads the product, and what would run for nothing once the excitation is a constant.
+The trace (coupling/trace.py) knows channels and not calls; folding a gate asks the opposite: what else reads
+the map before it, what reads the product, and what would run for nothing once the excitation is constant.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Flow:
 
 
 def record_flow(net: nn.Module, coupling: Coupling, example: Tensor) -> Flow:
-    """Run one input (1, ...) in eval mode and note its flow; SepressError where it is not the traced forward."""
+    """Run one input (1, ...) in eval mode and note its flow; SepressError where it is not as traced."""
     recorder = _Recorder(net)
     recorder.enter_input(example)
     with undisturbed(net), recorder.noting_runs(net), recorder:

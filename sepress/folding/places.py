@@ -68,8 +68,8 @@ def find_block(net: nn.Module, flow: Flow, gate: Gate) -> Block | str:
         if before:  # the last is the outermost
             return _unshared(net, flow, Block(before[-1].path, multiplies=False))
     return (
-        f"its excitation and its multiplication are written into the forward of '{gate.site.module or 'the net'}'"
-        ", so that no module can give way to a constant"
+        "its excitation and its multiplication are written into the forward of "
+        f"'{gate.site.module or 'the net'}', so that no module can give way to a constant"
     )
 
 
@@ -92,7 +92,7 @@ def excitation_shape(flow: Flow, gate: Gate) -> tuple[int, ...]:
 def placements(
     net: nn.Module, flow: Flow, gate: Gate, block: Block, constant: Tensor, cuts: list[Cut]
 ) -> Iterator[Placement]:
-    """Yield the ways to place a gate's constant (C,), the cheapest first; `cuts` are those of the folded gates."""
+    """Yield the ways to place a gate's constant (C,), the cheapest first; `cuts` are the folded gates'."""
     call = flow.calls[gate.site.index]
     shape = excitation_shape(flow, gate)
     value = call.operands[1 - gate.site.operand].value
@@ -188,9 +188,7 @@ class _Finder:
         channels = len(self._constant)
         if any(self._parameters[name].shape[0] != channels for name in held):
             return None
-        return {
-            name: self._constant.view(-1, *[1] * (self._parameters[name].dim() - 1)) for name in held
-        }
+        return {name: self._constant.view(-1, *[1] * (self._parameters[name].dim() - 1)) for name in held}
 
     def _columns(self, call: FlowCall) -> dict[str, Tensor] | None:
         """Factors for a layer's weight, so that each input channel is multiplied."""

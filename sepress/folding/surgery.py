@@ -1,4 +1,4 @@
-"""A net and constants for its gates -> the net without their blocks, each fold held to the net with that constant.
+"""A net and constants for its gates -> the net without their blocks, each fold held to what it stands for.
 
 A fold stands when the folded net gives what the unfolded one gives with its gates held constant by taps
 (gates.py), which knows nothing of weights or modules. One that does not falls back to the next placement.
@@ -181,8 +181,8 @@ def check_fold(structure: Structure, folded: nn.Module, constants: Constants, im
     if check.passed is not False:
         return check
     try:
-        exact = [copy.deepcopy(each).cpu().double() for each in (net, folded)]
-        return _compare(structure.coupling, *exact, constants, images.cpu().double())
+        exact, other = (copy.deepcopy(each).cpu().double() for each in (net, folded))
+        return _compare(structure.coupling, exact, other, constants, images.cpu().double())
     except (RuntimeError, TypeError):  # a forward that fixes its own dtype
         return check
 

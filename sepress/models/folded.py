@@ -1,4 +1,4 @@
-"""What stands in a net where the block of a folded gate stood: a closed list of modules, told by kind and shape."""
+"""What stands where the block of a folded gate stood: a closed list of modules, told by kind and shape."""
 
 from __future__ import annotations
 
@@ -78,9 +78,10 @@ def put_module(net: nn.Module, path: str, module: nn.Module) -> nn.Module:
 
 
 def apply_replacements(net: nn.Module, replacements: Iterable[Replacement], *, where: str) -> None:
-    """Replace modules of an architecture as a file's header says; InputError for what can't have been written.
+    """Replace modules of an architecture as a file's header says.
 
-    The new ones lie on the device of the net's parameters, the meta device for an outline.
+    The new ones lie on the device of the net's parameters, the meta device for an outline. Raises InputError
+    for what can't have been written by us.
     """
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
     for new in replacements:

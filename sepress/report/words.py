@@ -271,6 +271,7 @@ def latency_spreads(report: Report) -> list[str]:
 
 _CHECKS = {
     "masked_equals_removed": ("Masked = removed", "the pruned net gives what the masked one gives"),
+    "folded_equals_constant": ("Folded = constant", "the folded net gives what constant gates give"),
     "onnx_parity": ("ONNX = torch", "ONNX Runtime gives what torch gives on real images"),
     "saved_equals_loaded": ("Saved = loaded", "the model's file gives back the same net, bit for bit"),
 }
