@@ -258,6 +258,25 @@ class SurgeryOptions(OptionGroup):
     ] = None
 
 
+class FoldOptions(OptionGroup):
+    panel = "Gates"
+    section = "stage"
+
+    within: Annotated[
+        str | None,
+        typer.Option(
+            "--within",
+            metavar="CONSTRAINT",
+            help="Fold as many gates as hold this on validation (top1_drop<=0.001).",
+        ),
+    ] = None
+    gates: Annotated[
+        list[str] | None,
+        typer.Option("--gates", metavar="PATTERN", help="Fold these, such as 'layer4.*'; needs no labels."),
+    ] = None
+    all: Annotated[bool, typer.Option("--all", help="Fold every gate, whatever it costs.")] = False
+
+
 class CheckOptions(OptionGroup):
     panel = "Checks"
     section = "stage"
@@ -336,6 +355,9 @@ Require = Annotated[
 Out = Annotated[
     Path | None,
     typer.Option("--out", metavar="DIR", help="The run folder; by default a new one.", rich_help_panel="Run"),
+]
+FinetuneEpochs = Annotated[
+    int, typer.Option("--finetune-epochs", min=0, help="Then train on.", rich_help_panel="Training")
 ]
 Settings = Annotated[
     list[str] | None,
@@ -695,9 +717,7 @@ def prune(
     surgery: SurgeryOptions,
     checks: CheckOptions,
     run: RunOptions,
-    finetune_epochs: Annotated[
-        int, typer.Option("--finetune-epochs", min=0, help="Then train on.", rich_help_panel="Training")
-    ] = 0,
+    finetune_epochs: FinetuneEpochs = 0,
     require: Require = None,
     dry_run: DryRun = False,
     out: Out = None,
@@ -720,6 +740,33 @@ def prune(
         draft.stage("finetune", epochs=finetune_epochs)
     draft.stage("evaluate").stage("export", checks)
     execute(draft.require(require).recipe("pruned"), out=out, as_json=as_json, dry_run=dry_run)
+
+
+@_command(
+    "sepress fold model.pt",
+    "sepress fold model.pt --within 'top1_drop<=0.005' --finetune-epochs 1",
+    "sepress fold timm:mobilenetv3_large_100 --data photos/ --gates 'blocks.[45].*'",
+    "sepress fold model.pt --all --finetune-epochs 3 --require 'top1_drop<=0.01'",
+)
+def fold(
+    model: ModelOptions,
+    data: DataOptions,
+    gates: FoldOptions,
+    calibration: CalibrationOptions,
+    checks: CheckOptions,
+    run: RunOptions,
+    finetune_epochs: FinetuneEpochs = 0,
+    require: Require = None,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Replace SE gates by constants in the weights around them; their blocks are gone."""
+    draft = Draft().add(model, data, run).stage("fold", gates, calibration, checks)
+    draft.marks["stages", 0, "fold"] = "--within, --gates, --all"
+    if finetune_epochs:
+        draft.stage("finetune", epochs=finetune_epochs)
+    draft.stage("evaluate").stage("export", checks)
+    execute(draft.require(require).recipe("folded"), out=out, as_json=as_json)
 
 
 @_command("sepress finetune model-pruned/pruned.pt --epochs 3")
@@ -856,9 +903,7 @@ def compare(
     ratio: Points = None,
     target_macs: Points = None,
     target_params: Points = None,
-    finetune_epochs: Annotated[
-        int, typer.Option("--finetune-epochs", min=0, help="Then train on.", rich_help_panel="Training")
-    ] = 0,
+    finetune_epochs: FinetuneEpochs = 0,
     settings: Settings = None,
     out: Out = None,
     as_json: AsJson = False,
