@@ -1,12 +1,17 @@
-"""Callables -> latencies from one interleaved timer."""
+"""Callables -> latencies from one interleaved timer, and whether a difference can be told from noise."""
 
 from __future__ import annotations
 
 import gc
+import math
+import os
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -14,9 +19,13 @@ from sepress.defaults import LATENCY_ROUNDS
 from sepress.types import JSON
 
 WARMUP = 5  # rounds that are not counted: allocators and caches settle
-MIN_ROUNDS = 3  # taken whatever the time budget says: fewer have no spread
+MIN_ROUNDS = 6  # taken whatever the time budget says: of fewer, no interval holds the median at 95 %
 TIME_BUDGET_S = 60.0
-NOISY_SPREAD = 0.3  # (p90 - p10) / median above which a difference of 10 % can't be told
+CONFIDENCE = 0.95
+SAME = 0.03  # two sessions of one file were up to this apart: where their memory happens to lie
+NOISY = 0.1  # width of the interval of a median, over the median, above which the time itself is not known
+
+Verdict = Literal["faster", "slower", "same", "unclear"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +33,11 @@ class LatencyFigures:
     """What a callable took, and how that relates to the first one that was timed beside it.
 
     `ratio` is the median over rounds of this time by the first one's in the same round, so that a machine
-    that slows down for a while slows both; `noisy` says that the spread is over NOISY_SPREAD.
+    that slows down for a while slows both; `ratio_low` to `ratio_high` holds its true value at CONFIDENCE
+    (see `median_interval`). The verdict follows from that interval: 'same' where it lies within SAME of 1,
+    'faster' or 'slower' where it lies outside, 'unclear' where it does neither; the first one has none.
+    `noisy` says that the verdict is unclear; of the first one, that the interval of its own median is wider
+    than NOISY.
     """
 
     median_ms: float
@@ -33,7 +46,10 @@ class LatencyFigures:
     ratio: float
     ratio_p10: float
     ratio_p90: float
+    ratio_low: float
+    ratio_high: float
     ratio_to: str  # the first label
+    verdict: Verdict | None
     rounds: int
     noisy: bool
 
@@ -90,23 +106,52 @@ def _summarise(labels: Sequence[str], times_ms: np.ndarray) -> dict[str, Latency
     """Turn times (rounds, labels) in ms into figures; a clock that did not move counts as 1 ns."""
     times_ms = np.maximum(times_ms, 1e-6)
     ratios = times_ms / times_ms[:, :1]
+    first_low, first_high = median_interval(times_ms[:, 0])
+    noisy_first = first_high - first_low > NOISY * float(np.median(times_ms[:, 0]))
     figures = {}
     for column, label in enumerate(labels):
         p10, median, p90 = (float(q) for q in np.percentile(times_ms[:, column], (10, 50, 90)))
-        low, ratio, high = (float(q) for q in np.percentile(ratios[:, column], (10, 50, 90)))
-        spread = (p90 - p10) / median if column == 0 else (high - low) / ratio
+        ratio_p10, ratio, ratio_p90 = (float(q) for q in np.percentile(ratios[:, column], (10, 50, 90)))
+        low, high = median_interval(ratios[:, column])
+        verdict = judge(low, high) if column else None
         figures[label] = LatencyFigures(
             median_ms=median,
             p10_ms=p10,
             p90_ms=p90,
             ratio=ratio,
-            ratio_p10=low,
-            ratio_p90=high,
+            ratio_p10=ratio_p10,
+            ratio_p90=ratio_p90,
+            ratio_low=low,
+            ratio_high=high,
             ratio_to=labels[0],
+            verdict=verdict,
             rounds=len(times_ms),
-            noisy=spread > NOISY_SPREAD,
+            noisy=verdict == "unclear" if column else noisy_first,
         )
     return figures
+
+
+def median_interval(values: np.ndarray) -> tuple[float, float]:
+    """Return what holds the median of the distribution that the values (n,) are drawn from, at CONFIDENCE.
+
+    Two order statistics, the sign test turned round: no shape of the distribution is assumed, only that
+    rounds are alike. From fewer than MIN_ROUNDS values it is their whole range, which holds less.
+    """
+    ordered, n = np.sort(values), len(values)
+    rank, below = 0, 0.0  # below: the chance that at most `rank` of n values lie under the median
+    for k in range(n // 2):
+        below += math.comb(n, k) / 2**n
+        if below > (1 - CONFIDENCE) / 2:
+            break
+        rank = k
+    return float(ordered[rank]), float(ordered[n - 1 - rank])
+
+
+def judge(low: float, high: float) -> Verdict:
+    """Say what an interval of a ratio of times tells."""
+    if max(1 - low, high - 1) <= SAME:
+        return "same"
+    return "faster" if high < 1 - SAME else "slower" if low > 1 + SAME else "unclear"
 
 
 @contextmanager
@@ -119,3 +164,94 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+# ---- the conditions that a latency holds under -----------------------------------------------------
+def measure_rows(
+    runners: Mapping[str, Callable[[], object]],
+    facts: Mapping[str, Mapping[str, JSON]],
+    *,
+    on_gpu: bool,
+    rounds: int,
+    warmup: int,
+    time_budget_s: float = TIME_BUDGET_S,
+) -> dict[str, dict[str, JSON]]:
+    """Time the runners interleaved; {label: figures, that label's facts, and the state of the machine}.
+
+    `cpu_mhz`, `gpu_mhz` and `load_average` are [before, after] the timed rounds, or None where the machine
+    does not tell; `reasons` says why.
+    """
+    from sepress.measure import cpu_model  # here: with it comes torch, which runtime's own process spares
+
+    before = _state(on_gpu)
+    figures = measure_latency(runners, rounds=rounds, warmup=warmup, time_budget_s=time_budget_s)
+    after = _state(on_gpu)
+    both = {
+        name: None if before[name] is None or after[name] is None else [before[name], after[name]]
+        for name in before
+    }
+    machine: dict[str, JSON] = {"cpu": cpu_model(), "gpu": _gpu_name() if on_gpu else None}
+    machine |= {"cores": len(_cpus()), "governor": _governor(), **both}
+    why = _UNTOLD if on_gpu else _UNTOLD | {"gpu": "not used", "gpu_mhz": "not used"}
+    reasons = {name: reason for name, reason in why.items() if machine[name] is None}
+    return {
+        label: {**row.to_json(), **facts[label], **machine, "reasons": reasons}
+        for label, row in figures.items()
+    }
+
+
+_UNTOLD = {
+    "gpu": "torch sees no CUDA device",
+    "governor": "the system does not tell it (a virtual machine, or not Linux)",
+    "cpu_mhz": "the system does not tell it",
+    "gpu_mhz": "torch.cuda.clock_rate can't read it (it needs nvidia-ml-py)",
+    "load_average": "the system keeps none",
+}
+
+
+def _state(on_gpu: bool) -> dict[str, float | None]:
+    return {
+        "cpu_mhz": _cpu_mhz(),
+        "gpu_mhz": _gpu_mhz() if on_gpu else None,
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+    }
+
+
+def _cpus() -> list[int]:
+    """The CPUs that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _governor() -> str | None:
+    """What sets the CPUs' clock, such as 'performance' or 'powersave'."""
+    files = (Path(f"/sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_governor") for cpu in _cpus())
+    found = {file.read_text(encoding="utf-8").strip() for file in files if file.is_file()}
+    return ", ".join(sorted(found)) or None
+
+
+def _cpu_mhz() -> float | None:
+    """The median clock of the CPUs that this process may run on, in MHz; in a virtual machine its nominal."""
+    files = (Path(f"/sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_cur_freq") for cpu in _cpus())
+    found = [int(file.read_text(encoding="utf-8")) / 1e3 for file in files if file.is_file()]
+    info = Path("/proc/cpuinfo")
+    if not found and info.is_file():
+        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
+        found = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
+    return round(statistics.median(found), 1) if found else None
+
+
+def _gpu_name() -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def _gpu_mhz() -> float | None:
+    import torch
+
+    try:
+        return float(torch.cuda.clock_rate())
+    except Exception:  # noqa: BLE001 - no NVML package, no driver, no right to ask
+        return None
