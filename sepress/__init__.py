@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sepress.bench import Bench, bench_models
     from sepress.bundle import load_bundle as load
     from sepress.bundle import save_net as save
     from sepress.coupling import find_gates, find_groups
@@ -27,7 +28,9 @@ __all__ = [
     "find_gates",
     "find_groups",
     "export_onnx",
+    "bench_models",
     "PruneResult",
+    "Bench",
     "FoldResult",
     "__version__",
 ]
@@ -43,6 +46,8 @@ _WHERE = {
     "find_gates": ("sepress.coupling", "find_gates"),
     "find_groups": ("sepress.coupling", "find_groups"),
     "export_onnx": ("sepress.export", "export_onnx"),
+    "bench_models": ("sepress.bench", "bench_models"),
+    "Bench": ("sepress.bench", "Bench"),
 }
 
 

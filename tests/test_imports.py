@@ -16,8 +16,9 @@ LAYERS = [
     "errors", "defaults", "types", "console", "files", "device", "safe_yaml", "constraints", "schedule",
     "modes", "digests", "models", "data", "coupling",
     "gates", "moments", "baselines", "calibrate", "reconstruct", "criteria", "plan", "train", "recover",
-    "measure", "timing", "runtime", "parity", "bundle", "export", "report", "pruning", "folding", "search", "steps",
-    "inspection", "compare", "recipe", "runfolder", "job", "cutting", "summary", "stages", "benchmark", "cli",
+    "measure", "timing", "runtime", "parity", "bundle", "simplify", "export", "precision", "imagefile",
+    "example", "report", "bench", "costs", "profile", "pruning", "folding", "search", "steps",
+    "inspection", "compare", "recipe", "runfolder", "job", "cutting", "variants", "summary", "stages", "benchmark", "cli",
 ]
 HEAVY = {
     "torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "scipy", "numpy", "PIL", "mlxtend",

@@ -212,7 +212,7 @@ def _time_sentence(row: Measurement, base: Measurement | None) -> str:
     ratio = None if base is None else latency_ratio(row, base)
     if ratio is None or base is None:
         return ""
-    if _noisy(row) or _noisy(base):
+    if _noisy(row):
         return f"The machine was too noisy to tell how its time compares (about {times(ratio)})."
     verdict = "" if ratio < 1 else ": it is not faster"
     return f"An image takes {times(ratio)} the time on {runtime(row.latency or {})}{verdict}."
@@ -273,6 +273,7 @@ _CHECKS = {
     "masked_equals_removed": ("Masked = removed", "the pruned net gives what the masked one gives"),
     "folded_equals_constant": ("Folded = constant", "the folded net gives what constant gates give"),
     "onnx_parity": ("ONNX = torch", "ONNX Runtime gives what torch gives on real images"),
+    "image_parity": ("Bytes in = torch", "with preprocessing inside, too, on the same images' bytes"),
     "saved_equals_loaded": ("Saved = loaded", "the model's file gives back the same net, bit for bit"),
 }
 
@@ -458,6 +459,8 @@ def groups_sentence(report: Report, *, most: int = 3) -> str:
 _FILES = {
     "onnx": "ONNX",
     "base_onnx": "ONNX of the base",
+    "image_onnx": "ONNX with preprocessing inside",
+    "example": "example program",
     "plan": "pruning plan",
     "report": "report (JSON)",
     "report_md": "report (Markdown)",
