@@ -22,7 +22,7 @@ import typer.models
 from typer.core import TyperGroup
 
 from sepress import console
-from sepress.defaults import METHOD
+from sepress.defaults import LATENCY_ROUNDS, LATENCY_WARMUP, METHOD
 from sepress.errors import InputError, SepressError
 
 if TYPE_CHECKING:
@@ -88,6 +88,37 @@ class OptionGroup:
         return {name: hint for name, hint in cls.__annotations__.items() if hasattr(hint, "__metadata__")}
 
 
+Arch = Annotated[
+    str | None,
+    typer.Option(
+        "--arch",
+        help="What builds a foreign file's net: timm:NAME, or pkg.module:factory.",
+        rich_help_panel="Model",
+    ),
+]
+TrustPickle = Annotated[
+    bool,
+    typer.Option(
+        "--trust-pickle",
+        help="Read a pickled file, which can run any code in it.",
+        rich_help_panel="Model",
+    ),
+]
+InputSize = Annotated[
+    str | None,
+    typer.Option(
+        "--input-size",
+        metavar="C,H,W",
+        help="Override a foreign file's input size.",
+        rich_help_panel="Model",
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", help="auto (default), cpu, cuda or mps.", rich_help_panel="Run"),
+]
+
+
 class ModelOptions(OptionGroup):
     panel = "Model"
     section = "model"
@@ -96,20 +127,12 @@ class ModelOptions(OptionGroup):
         str,
         typer.Argument(metavar="MODEL", help="A model file, or timm:NAME, torchvision:NAME, sepress:NAME."),
     ]
-    arch: Annotated[
-        str | None,
-        typer.Option("--arch", help="What builds a foreign file's net: timm:NAME, or pkg.module:factory."),
-    ] = None
+    arch: Arch = None
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Take a name's net untrained; every table says so.")
     ] = False
-    trust_pickle: Annotated[
-        bool, typer.Option("--trust-pickle", help="Read a pickled file, which can run any code in it.")
-    ] = False
-    input_size: Annotated[
-        str | None,
-        typer.Option("--input-size", metavar="C,H,W", help="Override a foreign file's input size."),
-    ] = None
+    trust_pickle: TrustPickle = False
+    input_size: InputSize = None
     mean: Annotated[
         str | None, typer.Option("--mean", metavar="R,G,B", help="Override its mean, for pixels in 0..1.")
     ] = None
@@ -330,8 +353,45 @@ class ExportOptions(OptionGroup):
     panel = "ONNX"
     section = "stage"
 
-    opset: Annotated[int | None, typer.Option("--opset", help="ONNX operator set.")] = None
+    exporter: Annotated[
+        str | None, typer.Option("--exporter", help="Of torch's: dynamo (the default) or torchscript.")
+    ] = None
+    opset: Annotated[int | None, typer.Option("--opset", help="ONNX operator set, 18 (default) to 23.")] = (
+        None
+    )
+    batch: Annotated[
+        int | None, typer.Option("--batch", help="Images at once; by default the file takes any number.")
+    ] = None
+    with_preprocessing: Annotated[
+        bool,
+        typer.Option(
+            "--with-preprocessing", help="Write model.image.onnx too: from image bytes to probabilities."
+        ),
+    ] = False
     latency_rounds: Annotated[int | None, typer.Option("--latency-rounds", help="Timed rounds.")] = None
+
+
+class PrecisionOptions(OptionGroup):
+    panel = "Precision"
+    section = "stage"
+
+    within: Annotated[
+        str | None,
+        typer.Option(
+            "--within",
+            metavar="CONSTRAINT",
+            help="Keep a file only if this holds on validation, against the float one (top1_drop<=0.01).",
+        ),
+    ] = None
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            "--calibration", help="Of int8: auto (the default: all, the best), minmax, entropy or percentile."
+        ),
+    ] = None
+    calibration_images: Annotated[
+        int | None, typer.Option("--calibration-images", help="Images that ranges are measured on (128).")
+    ] = None
 
 
 class RunOptions(OptionGroup):
@@ -339,7 +399,7 @@ class RunOptions(OptionGroup):
     section = ""
 
     seed: Annotated[int | None, typer.Option("--seed", help="Of everything random (0).")] = None
-    device: Annotated[str | None, typer.Option("--device", help="auto (default), cpu, cuda or mps.")] = None
+    device: Device = None
     threads: Annotated[int | None, typer.Option("--threads", help="CPU threads.")] = None
 
 
@@ -800,19 +860,37 @@ def evaluate(
     execute(draft.require(require).recipe("evaluated"), out=out, as_json=as_json)
 
 
-@_command("sepress export model.pt", "sepress export timm:mobilenetv3_large_100 --data photos/ --out mobile")
+@_command(
+    "sepress export model.pt",
+    "sepress export model.pt --with-preprocessing --batch 1",
+    "sepress export model.pt --fp16 --int8 --within 'top1_drop<=0.005'",
+    "sepress export timm:mobilenetv3_large_100 --data photos/ --exporter torchscript --out mobile",
+)
 def export(
     model: ModelOptions,
     data: DataOptions,
     onnx: ExportOptions,
     checks: CheckOptions,
+    precision: PrecisionOptions,
     run: RunOptions,
+    fp16: Annotated[
+        bool, typer.Option("--fp16", help="Write model.fp16.onnx too.", rich_help_panel="Precision")
+    ] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Write model.int8.onnx too.", rich_help_panel="Precision")
+    ] = False,
     require: Require = None,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write ONNX that agrees with the model on real images, and time it."""
+    """Write ONNX that agrees with the model on real images, and time it; where asked, in fp16 and int8."""
     draft = Draft().add(model, data, run).stage("export", onnx, checks)
+    formats = [name for name, wanted in (("fp16", fp16), ("int8", int8)) if wanted]
+    typed = [flag for name, flag in _flags(PrecisionOptions).items() if getattr(precision, name) is not None]
+    if formats:
+        draft.stage("precision", precision, formats=formats)
+    elif typed:
+        raise InputError(f"{typed[0]} is about fp16 and int8 files", remedy="Add --fp16, --int8 or both.")
     execute(draft.require(require).recipe("exported"), out=out, as_json=as_json)
 
 
@@ -964,6 +1042,69 @@ def benchmark(
         _print_json({name: table.to_json() for name, table in tables.items()})
     else:
         _write("\n".join(f"## {name}\n\n{table.to_markdown()}" for name, table in tables.items()))
+
+
+def _timing(name: str, *, help: str, metavar: str | None = None) -> Any:
+    return typer.Option(name, help=help, metavar=metavar, rich_help_panel="Timing")
+
+
+@_command(
+    "sepress bench model.pt model-pruned/pruned.pt",
+    "sepress bench base.onnx pruned.onnx --batch 1,8 --threads 1,2 --json",
+    "sepress bench timm:seresnet50 timm:resnet50 --runtime onnxruntime,torch,torch-compile",
+)
+def bench(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="ONNX files, model files, or timm:NAME, torchvision:NAME, sepress:NAME, which are built "
+            "untrained. Ratios are to the first.",
+        ),
+    ],
+    runtime: Annotated[
+        str,
+        _timing("--runtime", metavar="NAME,...", help="onnxruntime, torch (eager) or torch-compile."),
+    ] = "onnxruntime",
+    provider: Annotated[
+        str, _timing("--provider", help="ONNX Runtime's: auto, cpu, cuda, tensorrt or coreml.")
+    ] = "auto",
+    batch: Annotated[str, _timing("--batch", metavar="N,...", help="Images at once.")] = "1",
+    threads: Annotated[str, _timing("--threads", metavar="N,...", help="CPU threads.")] = "1",
+    rounds: Annotated[
+        int, _timing("--rounds", help="Each times every model once, in turn.")
+    ] = LATENCY_ROUNDS,
+    warmup: Annotated[int, _timing("--warmup", help="Rounds before those, not counted.")] = LATENCY_WARMUP,
+    arch: Arch = None,
+    trust_pickle: TrustPickle = False,
+    input_size: InputSize = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time models beside each other on this machine: latency, ratios, throughput and peak memory."""
+    counts = "whole numbers with commas between, such as 1,8"
+    sizes = _numbers(batch, "--batch", int, counts), _numbers(threads, "--threads", int, counts)
+    image = input_size and _numbers(input_size, "--input-size", int, "C,H,W, such as 3,224,224")
+    with _stdout_kept():
+        from sepress.bench import bench_models
+
+        bench = bench_models(
+            *models,
+            runtimes=[name.strip() for name in runtime.split(",")],
+            batches=sizes[0],
+            threads=sizes[1],
+            rounds=rounds,
+            warmup=warmup,
+            provider=provider,
+            device=device or "auto",
+            arch=arch,
+            trust_pickle=trust_pickle,
+            input_size=image or None,
+        )
+    if as_json:
+        _print_json(bench.to_json())
+    else:
+        _print(bench.render())
 
 
 def _numbers(text: str, flag: str, kind: type[Any], expected: str) -> list[Any]:

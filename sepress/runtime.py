@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sepress import console
-from sepress.defaults import LATENCY_ROUNDS
+from sepress.defaults import LATENCY_ROUNDS, LATENCY_WARMUP
 from sepress.errors import InputError
-from sepress.timing import TIME_BUDGET_S, WARMUP, measure_rows
+from sepress.timing import TIME_BUDGET_S, measure_rows
 from sepress.types import JSON
 
 if TYPE_CHECKING:  # the process that measures memory does without torch
@@ -120,7 +120,7 @@ def measure_onnx_latency(
     batch: int = 1,
     input_size: Sequence[int] | None = None,
     rounds: int = LATENCY_ROUNDS,
-    warmup: int = WARMUP,
+    warmup: int = LATENCY_WARMUP,
     threads: int | None = 1,  # as measured for the figures in the README: few servers give one request more
     providers: str | Sequence[str] = "cpu",
     time_budget_s: float = TIME_BUDGET_S,

@@ -15,10 +15,9 @@ from typing import Literal
 
 import numpy as np
 
-from sepress.defaults import LATENCY_ROUNDS
+from sepress.defaults import LATENCY_ROUNDS, LATENCY_WARMUP
 from sepress.types import JSON
 
-WARMUP = 5  # rounds that are not counted: allocators and caches settle
 MIN_ROUNDS = 6  # taken whatever the time budget says: of fewer, no interval holds the median at 95 %
 TIME_BUDGET_S = 60.0
 CONFIDENCE = 0.95
@@ -61,7 +60,7 @@ def measure_latency(
     runners: Mapping[str, Callable[[], object]],
     *,
     rounds: int = LATENCY_ROUNDS,
-    warmup: int = WARMUP,
+    warmup: int = LATENCY_WARMUP,
     time_budget_s: float = TIME_BUDGET_S,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, LatencyFigures]:

@@ -102,6 +102,10 @@ class Stages:
         self.recipes.append(recipe)
         return self._table(arguments)
 
+    def bench_models(self, *models: str, **arguments: Any) -> Any:
+        self.arguments = {"models": models, **arguments}
+        return SimpleNamespace(to_json=lambda: {"rows": []}, render=lambda: "1.00x")
+
     def load_benchmark(self, name: str, overrides: list[str]) -> Any:
         return name, list(overrides)
 
@@ -139,6 +143,9 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stages:
         setattr(module, name, getattr(fake, name))
     monkeypatch.setitem(sys.modules, "sepress.stages", module)
     monkeypatch.setattr(sepress, "stages", module, raising=False)
+    bench: Any = ModuleType("sepress.bench")
+    bench.bench_models = fake.bench_models
+    monkeypatch.setitem(sys.modules, "sepress.bench", bench)
     benchmark: Any = ModuleType("sepress.benchmark")
     benchmark.load_benchmark, benchmark.run_benchmark = fake.load_benchmark, fake.run_benchmark
     monkeypatch.setitem(sys.modules, "sepress.benchmark", benchmark)
