@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from sepress import console
 from sepress.bundle import load_bundle, load_model, make_bundle, save_bundle
 from sepress.calibrate import NEEDS_LABELS
+from sepress.constraints import HELD, parse_constraint
 from sepress.coupling import Coupling, trace
 from sepress.criteria import get_criterion
 from sepress.data import DataSource, DataSpec, Loader, make_loader, open_data
@@ -106,6 +107,8 @@ class Job:
                 what = f"a search within {stage.within}"
             elif stage.kind == "prune" and stage.step_epochs:
                 what = "fine-tuning between steps"
+            elif stage.kind == "precision" and parse_constraint(stage.within).metric in HELD:
+                what = f"a file held to {stage.within}"
             elif stage.kind == "fold" and stage.constraint is not None:
                 what = f"folding gates within {stage.constraint}"
             else:

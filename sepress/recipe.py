@@ -83,6 +83,12 @@ def _check_constraint(text: str) -> str:
     return text
 
 
+def _check_distinct(formats: tuple[str, ...]) -> tuple[str, ...]:
+    if not formats or len(set(formats)) < len(formats):
+        raise ValueError(f"expected one or more formats, each once, not {list(formats)}")
+    return formats
+
+
 def _check_held(text: str) -> str:
     with _as_value_error():
         parse_held(text)
@@ -328,9 +334,25 @@ class ExportStage(Settings):
 
     kind: Literal["export"] = "export"
     opset: Annotated[int, Field(ge=18, le=23)] = defaults.OPSET
-    dynamic_batch: bool = True
+    exporter: Literal["dynamo", "torchscript"] = defaults.EXPORTER
+    batch: Count | None = None  # images at once; null: any number
+    with_preprocessing: bool = False  # a second file, from image bytes to probabilities
     latency_rounds: Count = defaults.LATENCY_ROUNDS  # interleaved with the base model
     allow_vacuous: bool = False  # accept a check that can't tell
+
+
+class PrecisionStage(Settings):
+    """Write the exported file in other precisions, and keep what holds a constraint on validation."""
+
+    kind: Literal["precision"] = "precision"
+    formats: Annotated[tuple[Literal["fp16", "int8"], ...], AfterValidator(_check_distinct)] = (
+        "fp16",
+        "int8",
+    )
+    within: Annotated[str, AfterValidator(_check_constraint)] = "top1_drop<=0.01"  # against the float file
+    calibration: Literal["auto", "minmax", "entropy", "percentile"] = "auto"  # of int8; auto: all, the best
+    calibration_images: Count = 128  # ranges settle with these
+    latency_rounds: Count = defaults.LATENCY_ROUNDS  # interleaved with the float file
 
 
 STAGES: Mapping[str, type[Settings]] = {
@@ -342,9 +364,19 @@ STAGES: Mapping[str, type[Settings]] = {
     "finetune": FinetuneStage,
     "evaluate": EvaluateStage,
     "export": ExportStage,
+    "precision": PrecisionStage,
 }
 # in a run; fold has no place of its own
-_PLACES = {"train": 0, "polarise": 1, "rank": 2, "prune": 3, "finetune": 4, "evaluate": 5, "export": 5}
+_PLACES = {
+    "train": 0,
+    "polarise": 1,
+    "rank": 2,
+    "prune": 3,
+    "finetune": 4,
+    "evaluate": 5,
+    "export": 5,
+    "precision": 5,
+}
 
 
 def _read_stage(value: object) -> object:
@@ -373,7 +405,8 @@ Stage = Annotated[
     | PruneStage
     | FinetuneStage
     | EvaluateStage
-    | ExportStage,
+    | ExportStage
+    | PrecisionStage,
     Field(discriminator="kind"),
     BeforeValidator(_read_stage),
 ]
@@ -413,6 +446,8 @@ class Recipe(Settings):
                 f"'{after}' can't follow '{before}'; the order is train, polarise, rank, prune, "
                 "finetune, then evaluate and export; fold stands anywhere between polarise and evaluate"
             )
+        if "precision" in kinds and "export" not in kinds[: kinds.index("precision")]:
+            raise ValueError("'precision' converts the file that 'export' writes: put an export before it")
         return stages
 
     @model_validator(mode="after")

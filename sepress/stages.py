@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -27,12 +28,15 @@ from sepress.constraints import evaluate as hold
 from sepress.constraints import parse_constraint
 from sepress.cutting import cut, cut_in_steps, cut_within, judge, on_validation
 from sepress.data import DataSource
+from sepress.data.transforms import to_levels
 from sepress.defaults import CALIBRATION_IMAGES
 from sepress.device import resolve_device, seeded
 from sepress.errors import CheckError, InputError, SepressError
-from sepress.export import export_onnx
+from sepress.example import example_code
+from sepress.export import export_onnx, repeated
 from sepress.files import replacing, write_json, write_text
 from sepress.folding import FoldResult, fold_gates
+from sepress.imagefile import FromBytes, why_no_classifier, write_image_file
 from sepress.inspection import Inspection, inspect_bundle
 from sepress.job import (
     SAVED_CHECK,
@@ -63,6 +67,7 @@ from sepress.train import (
     train,
 )
 from sepress.types import JSON, Bundle, Check, PruningPlan, Ranking, Report
+from sepress.variants import make_variants
 
 PARITY_IMAGES = 32  # real ones; enough to meet every branch of a clamp
 RANKING_SCHEMA = "sepress.ranking/1"
@@ -211,28 +216,46 @@ def evaluate_stage(job: Job, settings: Any) -> StageRecord:
 def export_stage(job: Job, settings: Any) -> StageRecord:
     """Export the newest net, and the base beside it for its size and latency; each must equal torch.
 
+    Beside a classifier goes a program that uses it and, where asked for, a file that holds its preprocessing.
     The files get their names together, when all have passed.
     """
-    images = job.images(PARITY_IMAGES).cpu()
+    batch = settings.batch or 1
+    images = job.images(max(PARITY_IMAGES, batch)).cpu()
     label = job.label
     names = {"base": "base.onnx", label: "model.onnx"} if "base" in job.labels else {label: "model.onnx"}
     checks = {}
     with ExitStack() as files:
+
+        def new(name: str) -> Path:
+            return files.enter_context(replacing(job.folder.file(name)))
+
         for each, name in names.items():
-            temporary = files.enter_context(replacing(job.folder.file(name)))
+            temporary = new(name)
             with console.working(f"exporting the {each} net and holding it to torch"):
                 checks[each] = _export(job, each, temporary, images, settings)
+        beside, image_check = _write_beside(job, label, temporary, images, settings, new)
     console.log("timing on ONNX Runtime")
     paths = {each: job.folder.file(name) for each, name in names.items()}
     facts = {
         "onnx_parity": asdict(checks[label]),
         "bytes": {each: path.stat().st_size for each, path in paths.items()},
-        "latency": measure_onnx_latency(paths, images[:1], rounds=settings.latency_rounds),
+        "latency": measure_onnx_latency(paths, repeated(images, batch), rounds=settings.latency_rounds),
     }
-    roles = {"onnx": "model.onnx"}
+    if image_check is not None:
+        facts["image_parity"] = asdict(image_check)
+    roles = {"onnx": "model.onnx", **beside}
     if "base.onnx" in names.values():
         roles["base_onnx"] = "base.onnx"
     return StageRecord("export", roles, facts)
+
+
+def precision_stage(job: Job, settings: Any) -> StageRecord:
+    """Write the exported file in other precisions; those that hold the constraint get their names."""
+    made = make_variants(job, settings)
+    for variant in made.variants[1:]:
+        console.log(f"{variant.precision} {'kept' if variant.kept else 'REJECTED'}: {variant.reason}")
+    facts = {"variants": [asdict(variant) for variant in made.variants], "notes": list(made.notes)}
+    return StageRecord("precision", {f"onnx_{name}": path.name for name, path in made.files.items()}, facts)
 
 
 STAGES: dict[str, Callable[[Job, Any], StageRecord]] = {
@@ -245,6 +268,7 @@ STAGES: dict[str, Callable[[Job, Any], StageRecord]] = {
     "finetune": finetune_stage,
     "evaluate": evaluate_stage,
     "export": export_stage,
+    "precision": precision_stage,
 }
 
 
@@ -514,19 +538,51 @@ def _export(job: Job, label: str, path: Path, images: torch.Tensor, settings: An
         spec=bundle.spec,
         lineage=_public_lineage(bundle),
         opset=settings.opset,
-        dynamic_batch=settings.dynamic_batch,
+        batch=settings.batch,
+        exporter=settings.exporter,
     )
-    check = check_onnx_parity(net, path, images)
+    return _held(job, f"ONNX file of the {label} net", check_onnx_parity(net, path, images), settings)
+
+
+def _write_beside(
+    job: Job,
+    label: str,
+    model: Path,
+    images: torch.Tensor,
+    settings: Any,
+    new: Callable[[str], Path],
+) -> tuple[dict[str, str], Check | None]:
+    """What goes with a classifier's ONNX file: artifacts, and the check of the one with preprocessing."""
+    bundle, check, made = job.bundle(label), None, {}
+    figures = bundle.spec.preprocessing
+    if settings.with_preprocessing:
+        made["image_onnx"] = "model.image.onnx"
+        path = new(made["image_onnx"])
+        write_image_file(model, path, figures)
+        pixels = to_levels(images, mean=figures.mean, std=figures.std).permute(0, 2, 3, 1)
+        net = FromBytes(copy.deepcopy(bundle.net).cpu().eval(), figures)
+        check = _held(
+            job, "ONNX file with preprocessing inside", check_onnx_parity(net, path, pixels), settings
+        )
+    if why_no_classifier(onnx.load(model)) is None:
+        made["example"] = "example.py"
+        code = example_code(inside=settings.with_preprocessing, batch=settings.batch)
+        new(made["example"]).write_text(code, encoding="utf-8")
+    return made, check
+
+
+def _held(job: Job, what: str, check: Check, settings: Any) -> Check:
+    """The check; CheckError where it failed, or can't tell and has to."""
     if check.passed is False:
         if job.artifact(job.label) is not None:
             job.folder.reject(f"{job.label}.pt")
         raise CheckError(
-            f"the ONNX file of the {label} net does not equal it: relative error {check.relative_error}",
+            f"the {what} does not give what torch gives: relative error {check.relative_error}",
             remedy="No ONNX file was written; a model of this run is marked rejected. Please report it.",
         )
     if check.passed is None and not settings.allow_vacuous:
         raise CheckError(
-            f"whether the ONNX file of the {label} net equals it can't be told: {check.reason}",
+            f"whether the {what} gives what torch gives can't be told: {check.reason}",
             remedy="Use real, different images and a trained net, or pass --allow-vacuous.",
         )
     return check

@@ -11,7 +11,7 @@ from torch import Tensor
 from sepress.constraints import evaluate, parse_constraint
 from sepress.job import SAVED_CHECK, Job
 from sepress.measure import count_macs, count_params, environment
-from sepress.types import JSON, Check, GroupRow, Measurement, Report
+from sepress.types import JSON, Check, GroupRow, Measurement, Report, Variant
 
 
 def build_report(job: Job) -> Report:
@@ -22,13 +22,18 @@ def build_report(job: Job) -> Report:
     artifacts = {
         "model": job.artifact(labels[-1]) or (source if source.is_file() else None),
         "onnx": job.artifact("onnx"),
+        "onnx_fp16": job.artifact("onnx_fp16"),
+        "onnx_int8": job.artifact("onnx_int8"),
         "plan": job.artifact("plan"),
         "ranking": job.artifact("ranking"),
         "base_onnx": job.artifact("base_onnx"),
+        "image_onnx": job.artifact("image_onnx"),
+        "example": job.artifact("example"),
         "report": job.folder.file("report.json"),
         "report_md": job.folder.file("report.md"),
         "recipe": job.folder.file("recipe.yaml"),
     }
+    inside = job.fact("image_parity")
     report = Report(
         name=job.recipe.name,
         measurements=tuple(_measurement(job, label, example) for label in labels),
@@ -38,6 +43,7 @@ def build_report(job: Job) -> Report:
                 job.fact("masked_equals_removed"), "nothing was pruned in this run"
             ),
             "onnx_parity": _check(job.fact("onnx_parity"), "nothing was exported in this run"),
+            **({} if inside is None else {"image_parity": Check(**inside)}),
             "folded_equals_constant": _check(
                 job.fact("folded_equals_constant"), "no gate was folded in this run"
             ),
@@ -47,6 +53,7 @@ def build_report(job: Job) -> Report:
         environment=environment() | {"device": str(job.device), "seed": job.recipe.seed},
         criterion=job.fact("criterion") or "",  # where nothing was ranked
         recipe=job.recipe.model_dump(mode="json", exclude={"out"}),
+        variants=tuple(_variant(fact) for fact in job.fact("variants") or ()),
         notes=job.notes,
         trained=bool(job.fact("trained")),
         selection=job.newest.lineage.get("selection", {}),
@@ -99,6 +106,12 @@ def _data(job: Job) -> dict[str, JSON]:
 
 def _check(fact: Mapping[str, JSON] | None, otherwise: str) -> Check:
     return Check(None, None, reason=otherwise) if fact is None else Check(**fact)
+
+
+def _variant(fact: Mapping[str, JSON]) -> Variant:
+    final = fact["final"]
+    measured = {"validation": Measurement(**fact["validation"]), "final": final and Measurement(**final)}
+    return Variant(**{**fact, **measured})
 
 
 def _group_row(fact: Mapping[str, JSON]) -> GroupRow:

@@ -18,7 +18,7 @@ JSON = Any  # what json.dumps takes without a default
 Role = Literal["gated", "ungated", "se_hidden", "frozen"]
 # Which channels compete, and by what; auto: knapsack for a size where the ranking has costs, else per-group.
 Scope = Literal["auto", "per-group", "global", "isomorphic", "knapsack"]
-Target = Literal["ratio", "target_macs", "target_params"]
+Target = Literal["ratio", "target_macs", "target_params", "target_latency"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 Removed = Mapping[str, "tuple[int, ...]"]  # group name -> sorted units that go
 ReplacementKind = Literal["identity", "scale", "excitation"]  # see models/folded.py
@@ -192,6 +192,7 @@ class Policy:
     ratio: float | None = None  # the fraction of prunable channels removed
     target_macs: float | None = None  # of the base
     target_params: float | None = None  # of the base
+    target_latency: float | None = None  # of the base's, as a latency table predicts it
     scope: Scope = "auto"
     round_to: int = 8  # ORT's blocked layout; tensor cores
     min_width: int = 8
@@ -219,6 +220,7 @@ class PruningPlan:
     macs_after: int
     params_before: int
     params_after: int
+    latency_ratio: float | None = None  # predicted, of the base's; None where nothing predicts it
     notes: tuple[str, ...] = ()
 
 
@@ -253,6 +255,23 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """One precision of the exported file; the float file itself is the first, which the others are held to.
+
+    `validation` decided, and holds size and latency (a ratio to the float file); `final` is the accuracy on
+    the split that choices did not touch, of what was kept.
+    """
+
+    precision: str  # float32, fp16 or int8; the label of its measurements
+    kept: bool
+    how: str  # how it was made, of the ways that were tried
+    reason: str  # what decided, with its figures
+    agreement: float | None  # share of validation images with the float file's top class
+    validation: Measurement
+    final: Measurement | None = None
+
+
+@dataclass(frozen=True)
 class GroupRow:
     name: str
     role: Role
@@ -277,6 +296,7 @@ class Report:
     criterion: str
     recipe: Mapping[str, JSON] = field(default_factory=dict, repr=False)
     constraints: tuple[Mapping[str, JSON], ...] = ()
+    variants: tuple[Variant, ...] = ()  # of the ONNX file, the float one first; none: no precision was asked
     notes: tuple[str, ...] = ()
     trained: bool = True  # False: random weights, and every rendering says so
     selection: Mapping[str, JSON] = field(default_factory=dict)  # label -> {epoch, val_top1} chosen on val

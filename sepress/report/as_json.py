@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from sepress.errors import InputError
-from sepress.types import JSON, Check, GroupRow, Measurement, Report, Role
+from sepress.types import JSON, Check, GroupRow, Measurement, Report, Role, Variant
 
 SCHEMA = "sepress.report/1"
 # the figures of a measurement that may be null, and then carry a reason
@@ -40,6 +40,7 @@ def report_to_json(report: Report, *, relative_to: Path | None = None) -> dict[s
         "environment": dict(report.environment),
         "criterion": report.criterion,
         "constraints": [dict(constraint) for constraint in report.constraints],
+        "variants": [_variant_to_json(row) for row in report.variants],
         "trained": report.trained,
         "selection": dict(report.selection),
         "notes": list(report.notes),
@@ -75,6 +76,13 @@ def _measurement_to_json(row: Measurement) -> dict[str, JSON]:
     if row.per_class is not None:
         values["per_class"] = dict(row.per_class)
     return {"label": row.label, **values, "reasons": reasons}
+
+
+def _variant_to_json(row: Variant) -> dict[str, JSON]:
+    said: dict[str, JSON] = {name: getattr(row, name) for name in ("precision", "kept", "how", "reason")}
+    final = None if row.final is None else _measurement_to_json(row.final)
+    measured = {"validation": _measurement_to_json(row.validation), "final": final}
+    return said | {"agreement": row.agreement} | measured
 
 
 def _group_to_json(row: GroupRow) -> dict[str, JSON]:
@@ -120,6 +128,7 @@ def report_from_json(value: JSON, *, relative_to: Path | None = None) -> Report:
         criterion=node.get("criterion", str, ""),
         recipe=node.get("recipe", dict, {}),
         constraints=tuple(child.value for child in node.children("constraints", optional=True)),
+        variants=tuple(_variant_from(child) for child in node.children("variants", optional=True)),
         notes=tuple(node.items("notes", str)),
         trained=node.get("trained", bool, True),
         selection={label: child.value for label, child in node.mapping("selection", optional=True).items()},
@@ -209,6 +218,18 @@ def _measurement_from(node: _Node) -> Measurement:
         if name not in ("label", "reasons")
     }
     return Measurement(label=node.get("label", str), reasons=node.get("reasons", dict, {}), **values)
+
+
+def _variant_from(node: _Node) -> Variant:
+    return Variant(
+        precision=node.get("precision", str),
+        kept=node.get("kept", bool),
+        how=node.get("how", str),
+        reason=node.get("reason", str),
+        agreement=node.optional("agreement", float),
+        validation=_measurement_from(node.child("validation")),
+        final=None if node.optional("final", dict) is None else _measurement_from(node.child("final")),
+    )
 
 
 def _group_from(node: _Node) -> GroupRow:

@@ -33,6 +33,7 @@ def report_to_markdown(report: Report) -> str:
         _results(report),
         _checks(report),
         _constraints(report),
+        _variants(report),
         _groups(report),
         _excitations(report.groups),
         _classes(report),
@@ -82,6 +83,23 @@ def _constraints(report: Report) -> str:
         text, verdict, figures = words.constraint_words(constraint)
         rows.append([_code(text), verdict, _escape(figures)])
     return "## Constraints\n\n" + _table(["Constraint", "Verdict", "Measured"], rows) if rows else ""
+
+
+def _variants(report: Report) -> str:
+    if not report.variants:
+        return ""
+    titles = words.variant_titles(report)
+    rows = [
+        [f"**{name}**", *(f"{value} ({compared})" if compared else value for value, compared in cells)]
+        for name, cells in words.variant_rows(report)
+    ]
+    said = [f"{name} {verdict}: {details}." for name, verdict, details in words.variant_words(report)]
+    note = (
+        "Validation decided what is kept; each file is compared with the float32 one, whose top class it "
+        "gives for the share of validation images under 'Same class'."
+    )
+    table = _table(["Precision", *titles], rows, numbers=len(titles))
+    return "\n\n".join(["## Precision", table, note, *_bullets(said)])
 
 
 def _groups(report: Report) -> str:

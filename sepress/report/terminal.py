@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 COLUMNS = (words.TOP1, words.MACS, words.PARAMS, words.BYTES, words.LATENCY)
 UNREADABLE = 3  # images named
+VARIANTS_TOLD = "Same class: validation images with the float32 file's top class."
 WHOLE_NAMES = 26  # letters of a group's name and width beside which 60 columns hold all else
 _STYLES = {
     "passed": "green",
@@ -25,6 +26,8 @@ _STYLES = {
     "FAILED": "bold red",
     "NOT MET": "bold red",
     "not judged": "yellow",
+    "kept": "green",
+    "NOT KEPT": "bold yellow",
 }
 
 
@@ -39,6 +42,8 @@ def render_report(report: Report) -> RenderableType:
     if any(words.has_figures(row, COLUMNS) for row in report.measurements):
         blocks.append(_results(report))
     blocks += [_text(line, style="dim") for line in _below(report)]
+    if report.variants:
+        blocks += [_text(""), _variants(report), _text(VARIANTS_TOLD, style="dim")]
     blocks += [_text(""), _text(words.summary(report), style="bold"), _text("")]
     blocks += _verdicts(report)
     blocks += [_text(line, style="dim") for line in _basis(report)]
@@ -86,6 +91,17 @@ def _results(report: Report) -> RenderableType:
     return table
 
 
+def _variants(report: Report) -> RenderableType:
+    table = _table(report)
+    table.title = None  # said above
+    table.add_column("")
+    for title in words.variant_titles(report):
+        table.add_column(title.replace(", ", "\n"), justify="right")
+    for precision, cells in words.variant_rows(report):
+        table.add_row(_text(precision), *("\n".join(cell).rstrip() for cell in cells))
+    return table
+
+
 def _table(report: Report) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -123,6 +139,7 @@ def _columns(report: Report) -> Iterator[str]:
 def _verdicts(report: Report) -> Iterator[Text]:
     lines = [words.check_words(name, check) for name, check in report.checks.items()]
     lines += [words.constraint_words(constraint) for constraint in report.constraints]
+    lines += words.variant_words(report)
     for title, verdict, details in lines:
         text = _text(f"{title}: ")
         text.append(verdict, style=_STYLES[verdict])

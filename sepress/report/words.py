@@ -303,6 +303,39 @@ def constraint_words(constraint: Mapping[str, JSON]) -> tuple[str, str, str]:
     return str(constraint.get("constraint")), verdict, f"{actual}: {figures}" if figures else actual
 
 
+# ---- variants of the ONNX file --------------------------------------------------------------------
+def variant_titles(report: Report) -> list[str]:
+    """The columns of `variant_rows`; the split of the last accuracy is named where one was measured."""
+    split = next((v.final.split for v in report.variants if v.final is not None and v.final.split), None)
+    return ["Top-1, val", *([f"Top-1, {split}"] if split else []), "Same class", "Size", "Latency"]
+
+
+def variant_rows(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Each precision, and its cells as `cell` gives them, compared to those of the float file."""
+    rows: list[tuple[str, list[tuple[str, str]]]] = []
+    exported = report.variants[0] if report.variants else None
+    for row in report.variants:
+        assert exported is not None
+        cells = [cell(TOP1, row.validation, exported.validation)]
+        if len(variant_titles(report)) > 4:
+            known = row.final is not None
+            cells.append(cell(TOP1, row.final, exported.final) if row.final and known else (NOTHING, ""))
+        same = NOTHING if row.agreement is None else percent(row.agreement)
+        sizes = [cell(column, row.validation, exported.validation) for column in (BYTES, LATENCY)]
+        rows.append((row.precision, [*cells, (same, ""), *sizes]))
+    return rows
+
+
+def variant_words(report: Report) -> list[tuple[str, str, str]]:
+    """For each precision its name, its verdict, and what is behind it: how, why, and the time it takes."""
+    said = []
+    for row in report.variants[1:]:
+        time = _time_sentence(row.validation, report.variants[0].validation)
+        details = f"{row.how}; {row.reason}" + (f"; {time[0].lower()}{time[1:].rstrip('.')}" if time else "")
+        said.append((row.precision, "kept" if row.kept else "NOT KEPT", details))
+    return said
+
+
 def accuracies(report: Report) -> dict[str, list[str]]:
     """Where accuracies come from, and whose: {'test, 1,000 images': ['base', 'tuned']}."""
     places: dict[str, list[str]] = {}
@@ -459,6 +492,8 @@ def groups_sentence(report: Report, *, most: int = 3) -> str:
 _FILES = {
     "onnx": "ONNX",
     "base_onnx": "ONNX of the base",
+    "onnx_fp16": "ONNX in fp16",
+    "onnx_int8": "ONNX in int8",
     "image_onnx": "ONNX with preprocessing inside",
     "example": "example program",
     "plan": "pruning plan",
