@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from sepress.errors import InputError
+from sepress.errors import CheckError, InputError
 from sepress.measure import Inputs
 from sepress.modes import evaluating
 from sepress.runtime import open_session
@@ -52,6 +52,7 @@ def named_outputs(value: Any, name: str = "") -> dict[str, Tensor]:
 def check_onnx_parity(net: nn.Module, path: str | Path, images: Inputs) -> Check:
     """Compare the file's outputs with the net's on real images (N, ...), in batches of 1, 3 and more.
 
+    Raises CheckError where ONNX Runtime can't run the file on these images.
     The error of an output is max|a - b| over images, by the spread max|a - mean over images|; the worst
     output counts and must stay within PARITY_TOLERANCE. `passed` is None where no output tells the images
     apart. Runs on the CPU in float32, where neither side rounds to TF32; where the two differ by more, the
@@ -82,9 +83,15 @@ def _run_session(
     session: Any, batches: Sequence[tuple[Tensor, ...]], outputs: Sequence[str]
 ) -> dict[str, np.ndarray]:
     names = [node.name for node in session.get_inputs()]
-    found = [
-        session.run(outputs, dict(zip(names, (x.numpy() for x in batch), strict=True))) for batch in batches
-    ]
+    found = []
+    for batch in batches:
+        try:
+            found.append(session.run(outputs, dict(zip(names, (x.numpy() for x in batch), strict=True))))
+        except Exception as error:  # the runtime's own, by what an operator met
+            raise CheckError(
+                f"ONNX Runtime can't run the file on a batch of {len(batch[0])}: {error}",
+                remedy="Where the forward fixes the batch size, export with that one: batch=N.",
+            ) from error
     return {name: np.concatenate([part[i] for part in found]) for i, name in enumerate(outputs)}
 
 

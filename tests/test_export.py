@@ -120,7 +120,7 @@ def test_input_and_logits_have_these_names_and_a_free_batch(small_file: Path):
 
 def test_a_fixed_batch_is_the_examples_and_parity_feeds_it_so(net: nn.Module, tmp_path: Path):
     path = tmp_path / "fixed.onnx"
-    export_onnx(net, path, example=images(2), dynamic_batch=False)
+    export_onnx(net, path, example=images(2), batch=2)
     assert open_session(path).get_inputs()[0].shape == [2, 3, 12, 12]
     assert check_onnx_parity(net, path, images(5)).passed
     assert check_onnx_parity(net, path, images(1)).passed is None
@@ -202,10 +202,10 @@ def test_export_leaves_weights_gradients_and_random_state_alone(net: nn.Module, 
 # ---- what can't be exported -----------------------------------------------------------------------
 def test_a_forward_that_fixes_the_batch_is_told_so_and_leaves_no_file(tmp_path: Path):
     path = tmp_path / "net.onnx"
-    with pytest.raises(SepressError, match="dynamic_batch=False"):
+    with pytest.raises(SepressError, match="batch=N"):
         export_onnx(FixedBatch(), path, example=images(2, 4))
     assert list(tmp_path.iterdir()) == []
-    export_onnx(FixedBatch(), path, example=images(2, 4), dynamic_batch=False)
+    export_onnx(FixedBatch(), path, example=images(2, 4), batch=2)
     assert path.exists()
 
 

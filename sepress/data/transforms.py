@@ -106,6 +106,13 @@ def normalise(images: Tensor, *, mean: Sequence[float], std: Sequence[float]) ->
     return images.float().mul_(scale).add_(shift) if images.dtype == torch.uint8 else images * scale + shift
 
 
+def to_levels(images: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Float images (N, C, H, W) that `normalise` made of uint8 ones -> those, exactly."""
+    shape = (1, -1, 1, 1)
+    levels = 255 * (images * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape))
+    return levels.round().clamp(0, 255).to(torch.uint8)
+
+
 def shift_and_mirror(images: Tensor, generator: torch.Generator) -> Tensor:
     """Shift by up to 1/8 of the size over black, mirror half the images; uint8 (N, C, H, W) both ways.
 

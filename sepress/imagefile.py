@@ -1,0 +1,145 @@
+"""An ONNX classifier of normalised images -> one that takes the images' bytes and gives probabilities.
+
+    image uint8 (N, H, W, C) -> normalised float (N, C, H, W) -> the net -> softmax -> probabilities (N, K)
+
+The image has the input's size already: how to resize stands in the metadata, and in the example that the
+export stage writes. Works on the graph, so on any of our files: either exporter's, float16, int8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from sepress.data.transforms import normalise
+from sepress.errors import InputError
+from sepress.export import write_model
+from sepress.types import Preprocessing
+
+_IN_THE_GRAPH = ("sepress.mean", "sepress.std")  # no longer for whoever feeds it
+_OURS = "preprocessing"  # what the new tensors between input and output begin with
+
+
+def write_image_file(source: Path, path: Path, preprocessing: Preprocessing) -> None:
+    """Write beside an ONNX file the one of `add_preprocessing`, checked; raises as that and `write_model`."""
+    write_model(add_preprocessing(onnx.load(source), preprocessing), path)
+
+
+def add_preprocessing(model: onnx.ModelProto, preprocessing: Preprocessing) -> onnx.ModelProto:
+    """Return the model with the preprocessing before it and a softmax behind it; the one given stays.
+
+    Its input is `image`, uint8 (N, H, W, C), its output `probabilities`, float32 (N, K). The arithmetic is
+    that of data.transforms.normalise, in its order. Raises InputError for what is no classifier of images
+    (see `why_no_classifier`), or takes images of another shape than the preprocessing makes.
+    """
+    if (reason := why_no_classifier(model)) is not None:
+        raise InputError(
+            f"preprocessing can't go into this ONNX file: {reason}",
+            remedy="Export without preprocessing (with_preprocessing: false).",
+        )
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    graph = made.graph
+    net, logits = graph.input[0], graph.output[0]
+    batch, channels, height, width = net.type.tensor_type.shape.dim
+    shape = tuple(axis.dim_value for axis in (channels, height, width))
+    if shape != tuple(preprocessing.input_size):
+        raise InputError(
+            f"the ONNX file takes images of {shape}, and its preprocessing makes {preprocessing.input_size}",
+            remedy="Pass the preprocessing that belongs to this file.",
+        )
+    before = _normalising(net, preprocessing)
+    after = [
+        helper.make_node("Cast", [logits.name], [f"{_OURS}.logits"], to=TensorProto.FLOAT),
+        helper.make_node("Softmax", [f"{_OURS}.logits"], ["probabilities"], axis=1),
+    ]
+    if logits.type.tensor_type.elem_type == TensorProto.FLOAT:
+        after[1].input[0] = after.pop(0).input[0]
+    for number, node in enumerate(before):
+        graph.node.insert(number, node)
+    graph.node.extend(after)
+    for name, value in (("scale", _scale(preprocessing.std)), ("shift", _shift(preprocessing))):
+        graph.initializer.append(numpy_helper.from_array(value, f"{_OURS}.{name}"))
+    classes = logits.type.tensor_type.shape.dim[1].dim_value
+    free = batch.dim_param or batch.dim_value
+    image = helper.make_tensor_value_info("image", TensorProto.UINT8, [free, *shape[1:], shape[0]])
+    output = helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, [free, classes])
+    graph.value_info.extend([net, logits])
+    del graph.input[:], graph.output[:]
+    graph.input.append(image)
+    graph.output.append(output)
+    facts = {entry.key: entry.value for entry in made.metadata_props if entry.key not in _IN_THE_GRAPH}
+    helper.set_model_props(made, facts | {"sepress.preprocessing": "inside"})
+    return made
+
+
+def _normalising(net: onnx.ValueInfoProto, preprocessing: Preprocessing) -> list[onnx.NodeProto]:
+    """Nodes from `image` to the net's input; the cast comes first, since TensorRT takes bytes only so."""
+    steps = ["Cast", "Transpose", "Mul", "Add"]
+    names = ["image", *(f"{_OURS}.{step.lower()}" for step in steps)]
+    settings = {"Cast": {"to": TensorProto.FLOAT}, "Transpose": {"perm": [0, 3, 1, 2]}}
+    constants = {"Mul": f"{_OURS}.scale", "Add": f"{_OURS}.shift"}
+    nodes = [
+        helper.make_node(
+            step,
+            [name, *([constants[step]] if step in constants else [])],
+            [result],
+            **settings.get(step, {}),
+        )
+        for step, name, result in zip(steps, names, names[1:], strict=False)
+    ]
+    kind = net.type.tensor_type.elem_type
+    if kind == TensorProto.FLOAT:
+        nodes[-1].output[0] = net.name
+    else:
+        nodes.append(helper.make_node("Cast", [names[-1]], [net.name], to=kind))
+    return nodes
+
+
+def _scale(std: Sequence[float]) -> np.ndarray:
+    return np.array([1 / (255 * value) for value in std], dtype=np.float32).reshape(1, -1, 1, 1)
+
+
+def _shift(preprocessing: Preprocessing) -> np.ndarray:
+    pairs = zip(preprocessing.mean, preprocessing.std, strict=True)
+    return np.array([-mean / std for mean, std in pairs], dtype=np.float32).reshape(1, -1, 1, 1)
+
+
+def why_no_classifier(model: onnx.ModelProto) -> str | None:
+    """Why the file does not map one batch of images to one row of logits each; None where it does."""
+    graph = model.graph
+    if len(graph.input) != 1:
+        return f"it has {len(graph.input)} inputs, expected one batch of images"
+    if len(graph.output) != 1:
+        return f"it has {len(graph.output)} outputs, expected logits alone"
+    images, logits = (value.type.tensor_type.shape.dim for value in (graph.input[0], graph.output[0]))
+    if len(images) != 4 or images[1].dim_value not in (1, 3):
+        return "its input is no batch of grey or RGB images (N, C, H, W)"
+    if len(logits) != 2:
+        return f"its output has {len(logits)} axes, expected one row of logits an image"
+    if logits[1].dim_value == 1:
+        return "it gives one number an image, and a softmax over that is always 1"
+    if any(node.op_type == "Softmax" and graph.output[0].name in node.output for node in graph.node):
+        return "its output is a softmax already"
+    return None
+
+
+class FromBytes(nn.Module):
+    """What the file should compute, in torch: images uint8 (N, H, W, C) -> {'probabilities': (N, K)}."""
+
+    def __init__(self, net: nn.Module, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.net = net
+        self._preprocessing = preprocessing
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        mean, std = self._preprocessing.mean, self._preprocessing.std
+        normalised = normalise(image.permute(0, 3, 1, 2), mean=mean, std=std)
+        kind = next((p.dtype for p in self.net.parameters()), torch.float32)  # float64 where noise is judged
+        return {"probabilities": self.net(normalised.to(kind)).softmax(dim=1)}
