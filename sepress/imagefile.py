@@ -8,7 +8,6 @@ export stage writes. Works on the graph, so on any of our files: either exporter
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from sepress.export import write_model
 from sepress.types import Preprocessing
 
 _IN_THE_GRAPH = ("sepress.mean", "sepress.std")  # no longer for whoever feeds it
-_OURS = "preprocessing"  # what the new tensors between input and output begin with
+_OURS = "preprocessing"  # what the new tensors between image and probabilities begin with
 
 
 def write_image_file(source: Path, path: Path, preprocessing: Preprocessing) -> None:
@@ -46,64 +45,61 @@ def add_preprocessing(model: onnx.ModelProto, preprocessing: Preprocessing) -> o
     made = onnx.ModelProto()
     made.CopyFrom(model)
     graph = made.graph
-    net, logits = graph.input[0], graph.output[0]
-    batch, channels, height, width = net.type.tensor_type.shape.dim
-    shape = tuple(axis.dim_value for axis in (channels, height, width))
+    net, logits = onnx.ValueInfoProto(), onnx.ValueInfoProto()
+    net.CopyFrom(graph.input[0])
+    logits.CopyFrom(graph.output[0])
+    batch, *rest = net.type.tensor_type.shape.dim
+    shape = tuple(axis.dim_value for axis in rest)
     if shape != tuple(preprocessing.input_size):
         raise InputError(
             f"the ONNX file takes images of {shape}, and its preprocessing makes {preprocessing.input_size}",
             remedy="Pass the preprocessing that belongs to this file.",
         )
-    before = _normalising(net, preprocessing)
-    after = [
-        helper.make_node("Cast", [logits.name], [f"{_OURS}.logits"], to=TensorProto.FLOAT),
-        helper.make_node("Softmax", [f"{_OURS}.logits"], ["probabilities"], axis=1),
-    ]
-    if logits.type.tensor_type.elem_type == TensorProto.FLOAT:
-        after[1].input[0] = after.pop(0).input[0]
-    for number, node in enumerate(before):
-        graph.node.insert(number, node)
-    graph.node.extend(after)
-    for name, value in (("scale", _scale(preprocessing.std)), ("shift", _shift(preprocessing))):
-        graph.initializer.append(numpy_helper.from_array(value, f"{_OURS}.{name}"))
-    classes = logits.type.tensor_type.shape.dim[1].dim_value
-    free = batch.dim_param or batch.dim_value
-    image = helper.make_tensor_value_info("image", TensorProto.UINT8, [free, *shape[1:], shape[0]])
-    output = helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, [free, classes])
+    nodes = [*_before(net), *graph.node, *_after(logits)]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    graph.initializer.append(numpy_helper.from_array(_scale(preprocessing), f"{_OURS}.scale"))
+    graph.initializer.append(numpy_helper.from_array(_shift(preprocessing), f"{_OURS}.shift"))
     graph.value_info.extend([net, logits])
-    del graph.input[:], graph.output[:]
-    graph.input.append(image)
-    graph.output.append(output)
+    channels, height, width = shape
+    images, classes = batch.dim_param or batch.dim_value, logits.type.tensor_type.shape.dim[1].dim_value
+    ends = (
+        helper.make_tensor_value_info("image", TensorProto.UINT8, [images, height, width, channels]),
+        helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, [images, classes]),
+    )
+    graph.input[0].CopyFrom(ends[0])
+    graph.output[0].CopyFrom(ends[1])
     facts = {entry.key: entry.value for entry in made.metadata_props if entry.key not in _IN_THE_GRAPH}
     helper.set_model_props(made, facts | {"sepress.preprocessing": "inside"})
     return made
 
 
-def _normalising(net: onnx.ValueInfoProto, preprocessing: Preprocessing) -> list[onnx.NodeProto]:
-    """Nodes from `image` to the net's input; the cast comes first, since TensorRT takes bytes only so."""
-    steps = ["Cast", "Transpose", "Mul", "Add"]
-    names = ["image", *(f"{_OURS}.{step.lower()}" for step in steps)]
-    settings = {"Cast": {"to": TensorProto.FLOAT}, "Transpose": {"perm": [0, 3, 1, 2]}}
-    constants = {"Mul": f"{_OURS}.scale", "Add": f"{_OURS}.shift"}
-    nodes = [
-        helper.make_node(
-            step,
-            [name, *([constants[step]] if step in constants else [])],
-            [result],
-            **settings.get(step, {}),
-        )
-        for step, name, result in zip(steps, names, names[1:], strict=False)
-    ]
+def _before(net: onnx.ValueInfoProto) -> list[onnx.NodeProto]:
+    """From `image` to the net's input; the cast comes first, since TensorRT takes bytes only so."""
     kind = net.type.tensor_type.elem_type
-    if kind == TensorProto.FLOAT:
-        nodes[-1].output[0] = net.name
-    else:
-        nodes.append(helper.make_node("Cast", [names[-1]], [net.name], to=kind))
+    normalised = net.name if kind == TensorProto.FLOAT else f"{_OURS}.normalised"
+    nodes = [
+        helper.make_node("Cast", ["image"], [f"{_OURS}.levels"], to=TensorProto.FLOAT),
+        helper.make_node("Transpose", [f"{_OURS}.levels"], [f"{_OURS}.planes"], perm=[0, 3, 1, 2]),
+        helper.make_node("Mul", [f"{_OURS}.planes", f"{_OURS}.scale"], [f"{_OURS}.scaled"]),
+        helper.make_node("Add", [f"{_OURS}.scaled", f"{_OURS}.shift"], [normalised]),
+    ]
+    if kind != TensorProto.FLOAT:
+        nodes.append(helper.make_node("Cast", [normalised], [net.name], to=kind))
     return nodes
 
 
-def _scale(std: Sequence[float]) -> np.ndarray:
-    return np.array([1 / (255 * value) for value in std], dtype=np.float32).reshape(1, -1, 1, 1)
+def _after(logits: onnx.ValueInfoProto) -> list[onnx.NodeProto]:
+    """From the net's output to `probabilities`, always in float32."""
+    nodes, name = [], logits.name
+    if logits.type.tensor_type.elem_type != TensorProto.FLOAT:
+        name = f"{_OURS}.logits"
+        nodes.append(helper.make_node("Cast", [logits.name], [name], to=TensorProto.FLOAT))
+    return [*nodes, helper.make_node("Softmax", [name], ["probabilities"], axis=1)]
+
+
+def _scale(preprocessing: Preprocessing) -> np.ndarray:
+    return np.array([1 / (255 * value) for value in preprocessing.std], dtype=np.float32).reshape(1, -1, 1, 1)
 
 
 def _shift(preprocessing: Preprocessing) -> np.ndarray:

@@ -18,8 +18,8 @@ from nets import SmallNet, images
 from torch import Tensor, nn
 
 from sepress.device import seeded
-from sepress.errors import InputError, SepressError
-from sepress.export import export_onnx, without_paths
+from sepress.errors import CheckError, InputError, SepressError
+from sepress.export import Exporter, export_onnx, repeated, without_paths
 from sepress.parity import check_onnx_parity
 from sepress.runtime import open_session
 from sepress.types import ModelSpec, Preprocessing
@@ -118,17 +118,39 @@ def test_input_and_logits_have_these_names_and_a_free_batch(small_file: Path):
     assert session.run(None, {"input": images(3).numpy()})[0].shape == (3, 5)
 
 
-def test_a_fixed_batch_is_the_examples_and_parity_feeds_it_so(net: nn.Module, tmp_path: Path):
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+def test_a_fixed_batch_is_what_was_asked_for_and_parity_feeds_it_so(
+    exporter: Exporter, net: nn.Module, tmp_path: Path
+):
     path = tmp_path / "fixed.onnx"
-    export_onnx(net, path, example=images(2), batch=2)
+    export_onnx(net, path, example=images(1), batch=2, exporter=exporter)
     assert open_session(path).get_inputs()[0].shape == [2, 3, 12, 12]
+    assert open_session(path).get_outputs()[0].shape == [2, 5]
     assert check_onnx_parity(net, path, images(5)).passed
     assert check_onnx_parity(net, path, images(1)).passed is None
 
 
-def test_several_inputs_and_a_dataclass_of_outputs_are_named(tmp_path: Path):
+def test_too_few_images_are_repeated_in_their_order():
+    x = torch.arange(3)[:, None]
+    assert repeated(x, 7).flatten().tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert repeated(x, 2).flatten().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("opset", [18, 20, 23])
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+def test_either_exporter_writes_the_opset_asked_for(
+    exporter: Exporter, opset: int, net: nn.Module, tmp_path: Path
+):
+    path = tmp_path / "net.onnx"
+    export_onnx(net, path, example=images(), opset=opset, exporter=exporter)
+    assert [entry.version for entry in onnx.load(path).opset_import if entry.domain == ""] == [opset]
+    assert check_onnx_parity(net, path, images()).passed
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+def test_several_inputs_and_a_dataclass_of_outputs_are_named(exporter: Exporter, tmp_path: Path):
     path = tmp_path / "two.onnx"
-    export_onnx(TwoInputs(), path, example=(images(), images()))
+    export_onnx(TwoInputs(), path, example=(images(), images()), exporter=exporter)
     session = open_session(path)
     assert [node.name for node in session.get_inputs()] == ["input_0", "input_1"]
     assert [node.name for node in session.get_outputs()] == ["logits", "features"]
@@ -207,6 +229,14 @@ def test_a_forward_that_fixes_the_batch_is_told_so_and_leaves_no_file(tmp_path: 
     assert list(tmp_path.iterdir()) == []
     export_onnx(FixedBatch(), path, example=images(2, 4), batch=2)
     assert path.exists()
+
+
+def test_a_recorded_forward_that_fixes_the_batch_is_found_out_by_parity(tmp_path: Path):
+    path, net = tmp_path / "net.onnx", FixedBatch()
+    export_onnx(net, path, example=images(2, 4), exporter="torchscript")
+    net.forward = net.fc.forward  # what the file promises
+    with pytest.raises(CheckError, match="can't run the file on a batch of 1"):
+        check_onnx_parity(net, path, images(5, 4))
 
 
 def test_a_failing_export_gives_the_first_cause_and_leaves_no_file(tmp_path: Path):
