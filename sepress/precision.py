@@ -284,14 +284,15 @@ def kernels_saturate() -> bool:
 
 # ---- int8: the gates in the graph ------------------------------------------------------------------
 def find_gate_nodes(model: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
-    """The nodes of each gate, from its pooling to the last before the product: {the product's name: nodes}.
+    """The nodes of each gate, between its pooling and the product: {the product's name: nodes}.
 
-    As in coupling/gating.py no name decides: marked is what descends only from a global pooling, and where a
-    marked signal multiplies a map that is not, that is a gate. Expects `load_named`'s shapes and names.
+    The pooling is not among them: left in float it takes time and hardly changes what comes out. As in
+    coupling/gating.py no name decides: marked is what descends only from a global pooling, and where a marked
+    signal multiplies a map that is not, that is a gate. Expects `load_named`'s shapes and names.
     """
     graph = model.graph
     constant = {tensor.name for tensor in graph.initializer} | {""}
-    maker: dict[str, onnx.NodeProto] = {}  # of every marked tensor
+    maker: dict[str, onnx.NodeProto | None] = {}  # of every marked tensor, None for a pooling
     gates: dict[str, tuple[str, ...]] = {}
     shapes = _shapes(graph)
     for node in graph.node:  # in topological order
@@ -300,14 +301,16 @@ def find_gate_nodes(model: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
             constant.update(node.output)
             continue
         marked = [name for name in signals if name in maker]
-        if len(marked) == len(signals) or _pools_globally(node, shapes):
+        if len(marked) == len(signals):
             maker |= dict.fromkeys(node.output, node)
+        elif _pools_globally(node, shapes):
+            maker |= dict.fromkeys(node.output)
         elif node.op_type == "Mul" and len(marked) == 1:
             gates[node.name] = _behind(marked[0], maker)
     return gates
 
 
-def _behind(tensor: str, maker: Mapping[str, onnx.NodeProto]) -> tuple[str, ...]:
+def _behind(tensor: str, maker: Mapping[str, onnx.NodeProto | None]) -> tuple[str, ...]:
     """Names of the marked nodes that a marked tensor descends from, in the order of the graph."""
     found: dict[str, onnx.NodeProto] = {}
     todo = [tensor]
@@ -316,7 +319,7 @@ def _behind(tensor: str, maker: Mapping[str, onnx.NodeProto]) -> tuple[str, ...]
         if node is not None and node.name not in found:
             found[node.name] = node
             todo.extend(node.input)
-    order = list(dict.fromkeys(node.name for node in maker.values()))
+    order = list(dict.fromkeys(node.name for node in maker.values() if node is not None))
     return tuple(sorted(found, key=order.index))
 
 

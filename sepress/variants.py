@@ -105,21 +105,22 @@ def _best(
     rows: Sequence[Measurement],
     results: Sequence[ConstraintResult],
 ) -> int:
-    """The fastest of those that hold; where none does, the one nearest to the float file."""
+    """Of the fastest that hold, and where none does of all, the one nearest to the float file."""
     holding = [i for i in tried if results[i].passed]
     if holding:
-        return min(holding, key=lambda i: _time_ratio(rows[i]))
+        fastest = min(holding, key=lambda i: _time(rows[i], "ratio"))
+        tried = [i for i in holding if _time(rows[i], "ratio_low") <= _time(rows[fastest], "ratio_high")]
     return max(tried, key=lambda i: candidates[i].agreement or 0.0)
 
 
-def _time_ratio(row: Measurement) -> float:
-    return float((row.latency or {})["ratio"])
+def _time(row: Measurement, figure: str) -> float:
+    return float((row.latency or {})[figure])
 
 
 def _note(candidate: Candidate, row: Measurement, result: ConstraintResult) -> str:
     """One line for each file that was tried."""
     same = "" if candidate.agreement is None else f", same top class on {candidate.agreement:.2%}"
-    time = f", {_time_ratio(row):.2f}x the time of {FLOAT}"
+    time = f", {_time(row, 'ratio'):.2f}x the time of {FLOAT}"
     return f"{candidate.precision} tried, {candidate.how}: {result}{same}{time}"
 
 

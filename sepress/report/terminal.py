@@ -27,6 +27,7 @@ _STYLES = {
     "NOT MET": "bold red",
     "not judged": "yellow",
     "kept": "green",
+    "kept, SLOWER": "bold yellow",
     "NOT KEPT": "bold yellow",
 }
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sepress.report.as_json import UNSTATED
-from sepress.types import JSON, Check, GroupRow, Measurement, Report
+from sepress.types import JSON, Check, GroupRow, Measurement, Report, Variant
 
 BASE = "base"
 NOTHING = "-"  # what a cell shows where nothing was measured; the reason stands below the table
@@ -330,10 +330,20 @@ def variant_words(report: Report) -> list[tuple[str, str, str]]:
     """For each precision its name, its verdict, and what is behind it: how, why, and the time it takes."""
     said = []
     for row in report.variants[1:]:
-        time = _time_sentence(row.validation, report.variants[0].validation)
-        details = f"{row.how}; {row.reason}" + (f"; {time[0].lower()}{time[1:].rstrip('.')}" if time else "")
-        said.append((row.precision, "kept" if row.kept else "NOT KEPT", details))
+        timed = row.validation.latency or {}
+        verdict = "NOT KEPT" if not row.kept else "kept, SLOWER" if _slower(row) else "kept"
+        parts = [row.how, row.reason]
+        if timed.get("noisy"):
+            parts.append(f"the machine was too noisy to tell its time (about {times(timed['ratio'])})")
+        elif timed.get("ratio"):
+            slower = f": slower than {timed['ratio_to']}" if _slower(row) else ""
+            parts.append(f"{times(timed['ratio'])} the time on {runtime(timed)}{slower}")
+        said.append((row.precision, verdict, "; ".join(parts)))
     return said
+
+
+def _slower(row: Variant) -> bool:
+    return (row.validation.latency or {}).get("verdict") == "slower"
 
 
 def accuracies(report: Report) -> dict[str, list[str]]:
