@@ -185,7 +185,8 @@ def fold_stage(job: Job, settings: Any) -> StageRecord:
     }
     name, saved = job.keep("folded", found.net, lineage=lineage, trained=parent.spec.trained)
     notes = found.notes()
-    console.log(notes[0])
+    for line in (notes[0], *map(str, found.gates)):
+        console.log(line)
     facts = {
         "folding": [asdict(outcome) for outcome in found.gates],
         "folded_equals_constant": asdict(found.check),

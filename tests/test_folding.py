@@ -29,8 +29,9 @@ from sepress.errors import CheckError, InputError
 from sepress.export import export_onnx
 from sepress.folding import fold
 from sepress.folding import surgery as surgery_module
-from sepress.folding.constants import constant_gates, measure_constants, measure_losses
+from sepress.folding.constants import measure_constants, measure_losses
 from sepress.folding.surgery import check_fold, find_structure, fold_constants
+from sepress.gates import Taps
 from sepress.job import Job
 from sepress.models.folded import ChannelScale, ConstantExcitation, FoldedIdentity
 from sepress.modes import evaluating
@@ -135,7 +136,7 @@ def with_constant_gate(net: nn.Module, p: float) -> nn.Module:
 def folded_whole(net: nn.Module, x: Tensor, gates: tuple[str, ...] = ("*",)) -> tuple[Any, Any]:
     """Fold the gates that match; return the structure and the folding."""
     structure = find_structure(net, trace(net, x[:1]), x[:1])
-    constants = measure_constants(net, structure.coupling, [x], fixed={}, device=CPU)
+    constants = measure_constants(net, structure.coupling, [x], device=CPU)
     return structure, fold_constants(structure, {g: constants[g] for g in structure.blocks}, x)
 
 
@@ -350,7 +351,7 @@ def test_signals_fold_as_maps_do() -> None:
 def test_a_constant_multiplied_at_the_wrong_place_fails_the_check() -> None:
     net, x = lively(Gated(torch.relu)), images()
     structure = find_structure(net, trace(net, x[:1]), x[:1])
-    constants = measure_constants(net, structure.coupling, [x], fixed={}, device=CPU)
+    constants = measure_constants(net, structure.coupling, [x], device=CPU)
     right = fold_constants(structure, constants, x).net
     assert check_fold(structure, right, constants, x).passed is True
     shifted = copy.deepcopy(right)
@@ -385,7 +386,7 @@ def test_images_that_tell_nothing_prove_nothing() -> None:
     net, x = lively(Gated(torch.relu)), images()
     same = x[:1].repeat(4, 1, 1, 1)
     structure = find_structure(net, trace(net, x[:1]), x[:1])
-    constants = measure_constants(net, structure.coupling, [x], fixed={}, device=CPU)
+    constants = measure_constants(net, structure.coupling, [x], device=CPU)
     with pytest.raises(CheckError, match="can't be told"):
         fold_constants(structure, constants, same)
     assert fold_constants(structure, constants, same, allow_vacuous=True).check.passed is None
@@ -395,7 +396,7 @@ def test_images_that_tell_nothing_prove_nothing() -> None:
 def test_the_constant_is_the_least_squares_one_of_the_recalibrated_map() -> None:
     net, x = lively(Gated(nn.Identity())), images(20)
     coupling = trace(net, x[:1])
-    found = measure_constants(net, coupling, [x[:7], x[7:]], fixed={}, device=CPU)["se"]
+    found = measure_constants(net, coupling, [x[:7], x[7:]], device=CPU)["se"]
     with torch.no_grad():
         maps = net.a(net.stem(x).relu())
         s = net.se.expand(net.se.squeeze(maps.mean((2, 3), keepdim=True)).relu()).sigmoid()
@@ -411,23 +412,10 @@ def test_a_channel_that_is_always_zero_gets_the_mean_excitation() -> None:
         net.a[1].bias[2] = -1
     s = []
     coupling = trace(net, x[:1])
-    found = measure_constants(net, coupling, [x], fixed={}, device=CPU)["se"]
-    with evaluating(net), constant_gates(net, coupling, {}, on_product=lambda g, e, m: s.append(e)):
+    found = measure_constants(net, coupling, [x], device=CPU)["se"]
+    with evaluating(net), Taps(net, coupling, on_product=lambda gate, e, x: s.append(e)):
         net(x)
     torch.testing.assert_close(found[2].float(), s[0][:, 2].mean())
-
-
-def test_later_constants_are_measured_with_the_earlier_gates_constant() -> None:
-    net, x = lively(Chained()), images()
-    coupling = trace(net, x[:1])
-    fixed = {"one": torch.full((8,), 3.0).double()}
-    found = measure_constants(net, coupling, [x], fixed=fixed, device=CPU)
-    assert found.keys() == {"two"}
-    with torch.no_grad():
-        maps = 3 * net.a(x)
-        s = net.two.expand(net.two.squeeze(maps.mean((2, 3), keepdim=True)).relu()).sigmoid()
-        expected = (s * maps.square()).sum((0, 2, 3)) / maps.square().sum((0, 2, 3))
-    torch.testing.assert_close(found["two"].float(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_cost_of_a_gate_is_the_rise_of_the_loss_and_without_labels_the_divergence() -> None:
@@ -486,7 +474,7 @@ def test_the_most_gates_that_are_accepted_are_folded_the_cheapest_first() -> Non
     assert result.params_before - result.params_after == 8 * 4 + 4 + 4 * 8 + 8
     notes = result.notes()
     assert notes[0].startswith("1 of 3 gates folded; 76 parameters came back")
-    assert notes[1] == "tried: 3 gates, not accepted; 2 gates, not accepted; 1 gates, accepted"
+    assert notes[1] == "tried: 3 gates, not accepted; 2 gates, not accepted; 1 gate, accepted"
     assert "3.se folded: its constant multiplies the layer before it (3.conv.1.weight" in notes[2]
     assert "stays: the constraint" in notes[3]
 

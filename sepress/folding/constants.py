@@ -16,7 +16,7 @@ from sepress import console
 from sepress.calibrate import split_batch
 from sepress.coupling import Coupling
 from sepress.errors import InputError
-from sepress.gates import OnProduct, Taps, mean_per_channel
+from sepress.gates import Taps, mean_per_channel
 from sepress.modes import evaluating
 from sepress.types import Gate
 
@@ -40,9 +40,7 @@ class Loss:
         return f"{round(self.figure, 4) + 0:.4f} {what}"  # + 0: no -0.0000
 
 
-def constant_gates(
-    net: nn.Module, coupling: Coupling, constants: Constants, *, on_product: OnProduct | None = None
-) -> Taps:
+def constant_gates(net: nn.Module, coupling: Coupling, constants: Constants) -> Taps:
     """A context in which the gates named give their constant, whatever the image."""
 
     def replaced(gate: Gate, s: Tensor) -> Tensor | None:
@@ -52,7 +50,7 @@ def constant_gates(
         shape[gate.site.axis] = gate.channels
         return constants[gate.name].to(s).view(shape).expand_as(s)
 
-    return Taps(net, coupling, on_gate=replaced, on_product=on_product)
+    return Taps(net, coupling, on_gate=replaced)
 
 
 def measure_constants(
@@ -60,21 +58,19 @@ def measure_constants(
     coupling: Coupling,
     batches: Iterable[Any],
     *,
-    fixed: Constants,
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """For every gate but the `fixed` ones, find what stands in for its excitation with the least error.
+    """For every gate, find what stands in for its excitation with the least error.
 
     Least squares on the recalibrated map: c = E[s x^2] / E[x^2] for each channel, over images and positions,
     so that an image that hardly has a channel hardly counts for its constant; the mean of s where x is 0
-    throughout. The fixed gates give their constants meanwhile. InputError for no images.
+    throughout. All gates run meanwhile: measuring each with the ones before it constant gave no better net.
+    InputError for no images.
     """
     sums: dict[str, Tensor] = {}
     images = 0
 
     def add(count: int, gate: Gate, s: Tensor, x: Tensor) -> None:
-        if gate.name in fixed:
-            return
         axis = gate.site.axis
         excitation = mean_per_channel(s.float(), axis, count)  # (N, C)
         energy = mean_per_channel(x.float().square(), axis - s.dim() + x.dim(), count)
@@ -82,10 +78,10 @@ def measure_constants(
         sums[gate.name] = sums[gate.name] + parts if gate.name in sums else parts
 
     with evaluating(net):
-        for batch in batches:
+        for batch in console.track(batches, "measuring the gates' constants"):
             inputs = split_batch(batch)[0].to(device)
             images += len(inputs)
-            with constant_gates(net, coupling, fixed, on_product=partial(add, len(inputs))):
+            with Taps(net, coupling, on_product=partial(add, len(inputs))):
                 net(inputs)
     if not images:
         raise InputError("no calibration image was given", remedy="Pass at least one batch of images.")

@@ -69,7 +69,7 @@ class FoldResult:
         """What happened, in words: the whole first, then gate by gate."""
         saved = self.params_before - self.params_after
         whole = (
-            f"{len(self.folded)} of {len(self.gates)} gates folded; {saved:,} parameters came back "
+            f"{len(self.folded)} of {_gates(len(self.gates))} folded; {saved:,} parameters came back "
             f"({saved / self.params_before:.1%})"
         )
         tried = [f"tried: {'; '.join(self.tried)}"] if self.tried else []
@@ -90,23 +90,16 @@ def fold_gates(
     """Fold the gates that match a pattern: all of them, or the most in order of cost that `accept` takes.
 
     `net` is traced, on `device`, and stays as it is; `images` (n, ...) there are real inputs for the check.
-    `accept` looks at a folded net and says whether it will do, and in words why. The constants of costlier
-    gates are measured with the cheaper ones folded. Batch norm is left alone: its statistics of training fit
-    the folded net better than new ones of a few hundred images would. Raises InputError where no gate
-    matches, or none of those can be folded.
+    `accept` looks at a folded net and says whether it will do, and in words why. Batch norm is left alone:
+    the statistics of training fit a folded net better than those of a few hundred images. Raises InputError
+    where no gate matches, or none of those can be folded.
     """
     structure = find_structure(net, coupling, images[:1])
     chosen = _chosen(structure, patterns)
-    alone = measure_constants(net, coupling, batches, fixed={}, device=device)
-    losses = measure_losses(net, coupling, batches, {name: alone[name] for name in chosen}, device=device)
+    constants = measure_constants(net, coupling, batches, device=device)
+    constants = {name: constants[name] for name in chosen}
+    losses = measure_losses(net, coupling, batches, constants, device=device)
     order = sorted(chosen, key=lambda name: losses[name].figure)
-    constants: dict[str, Tensor] = {}
-    for name in console.track(order, "measuring the gates' constants"):
-        constants[name] = (
-            measure_constants(net, coupling, batches, fixed=constants, device=device)[name]
-            if constants
-            else alone[name]
-        )
     tried: list[str] = []
     for count in range(len(order), 0, -1):
         some = {name: constants[name] for name in order[:count]}
@@ -114,7 +107,7 @@ def fold_gates(
         if accept is None:
             break
         accepted, words = accept(folding.net)
-        tried.append(f"{len(folding.folded)} gates, {words}")
+        tried.append(f"{_gates(len(folding.folded))}, {words}")
         console.log(tried[-1])
         if accepted:
             break
@@ -124,6 +117,10 @@ def fold_gates(
     return FoldResult(
         folding.net, outcomes, folding.check, count_params(net), count_params(folding.net), tuple(tried)
     )
+
+
+def _gates(count: int) -> str:
+    return f"{count} gate" + ("" if count == 1 else "s")
 
 
 def _chosen(structure: Structure, patterns: Sequence[str]) -> list[str]:
