@@ -211,6 +211,14 @@ def test_prune_is_a_recipe_of_stages(stages: Stages) -> None:
     assert stages.arguments == {"out": Path("there"), "dry_run": False}
 
 
+def test_the_options_of_export_are_those_of_its_stage(stages: Stages) -> None:
+    typed = "--exporter torchscript --opset 20 --batch 4 --with-preprocessing"
+    assert call(f"export model.pt {typed}").exit_code == 0
+    (exporting,) = stages.recipes[0].stages[:1]
+    wanted = {"exporter": "torchscript", "opset": 20, "batch": 4, "with_preprocessing": True}
+    assert wanted.items() <= exporting.model_dump().items()
+
+
 def test_what_is_not_typed_is_the_recipes_default(stages: Stages) -> None:
     assert call("prune model.pt --ratio 0.3").exit_code == 0
     (recipe,) = stages.recipes
@@ -396,6 +404,8 @@ def test_defaults_in_the_help_are_the_recipes() -> None:
         ("evaluate sepress:se_resnet8 --data digits", "has no pretrained weights"),
         ("evaluate model.pt --split all", "--split: should be 'test', 'val' or 'train'"),
         ("export model.pt --opset 3", "--opset: should be greater than or equal to 18"),
+        ("export model.pt --exporter jit", "--exporter: should be 'dynamo' or 'torchscript'"),
+        ("export model.pt --batch 0", "--batch: should be greater than or equal to 1"),
         ("compare model.pt --methods l2", "exactly one of ratio, target_macs"),
         ("compare model.pt --methods l2 --ratio 0.3 --seeds a", "--seeds a: expected whole numbers"),
         ("compare model.pt --methods l2 --ratio 0.3,b", "--ratio 0.3,b: expected fractions"),

@@ -161,6 +161,33 @@ def test_a_failed_check_leaves_no_model(model: Path, tmp_path: Path, monkeypatch
     assert not list((tmp_path / "run").glob("*.pt"))
 
 
+def test_an_export_of_a_fixed_batch_with_preprocessing_is_checked_timed_and_listed(model: Path) -> None:
+    export = {"export": {"batch": 2, "with_preprocessing": True, "exporter": "torchscript"}}
+    outcome = stages.run_recipe(recipe(export, model={"source": str(model)}, device="cpu"))
+    assert outcome.report is not None
+    names = {role: Path(path).name for role, path in outcome.report.artifacts.items() if path}
+    found = {role: names[role] for role in ("onnx", "image_onnx", "example")}
+    assert found == {"onnx": "model.onnx", "image_onnx": "model.image.onnx", "example": "example.py"}
+    assert all((outcome.folder / name).is_file() for name in found.values())
+    assert "model.image.onnx" in (outcome.folder / "example.py").read_text()
+    check = outcome.report.checks["image_parity"]
+    assert check.passed is True
+    assert check.argmax_agreement == 1.0
+    row = outcome.report.measurements[-1].latency
+    assert row is not None
+    assert row["batch"] == 2
+
+
+def test_preprocessing_in_the_file_of_no_classifier_is_refused_and_nothing_is_left(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sepress.imagefile.why_no_classifier", lambda _: "it is none")
+    export = recipe({"export": {"with_preprocessing": True}}, model={"source": str(model)}, device="cpu")
+    with pytest.raises(InputError, match="it is none"):
+        stages.run_recipe(export, out=tmp_path / "run")
+    assert not [p for p in (tmp_path / "run").glob("*") if p.suffix in (".onnx", ".py")]
+
+
 def test_a_failed_parity_leaves_neither_onnx_nor_a_model_under_its_final_name(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
