@@ -24,8 +24,15 @@ from sepress.device import resolve_device
 from sepress.errors import InputError
 from sepress.export import export_onnx
 from sepress.report import words
-from sepress.runtime import PROVIDERS, measure_onnx_latency, measure_peak_bytes
-from sepress.timing import MIN_ROUNDS, TIME_BUDGET_S, measure_rows
+from sepress.runtime import (
+    PROVIDERS,
+    make_feeds,
+    measure_onnx_latency,
+    measure_peak_bytes,
+    open_session,
+    provider_names,
+)
+from sepress.timing import CONFIDENCE, MIN_ROUNDS, NOISY, SAME, TIME_BUDGET_S, measure_rows
 from sepress.types import JSON, Bundle
 
 if TYPE_CHECKING:
@@ -91,14 +98,24 @@ def bench_models(
     `torchvision:NAME`, `sepress:NAME`), which are built untrained: latency needs no weights. `runtimes` are
     of RUNTIMES; `provider` is ONNX Runtime's (auto, cpu, cuda, tensorrt, coreml), `device` torch's.
     `input_size` (C, H, W) holds for what does not fix its own. A cell takes `rounds` rounds, or what fits
-    into `time_budget_s`. Raises InputError for what can't be timed so, before anything is.
+    into `time_budget_s`. Raises InputError for what can't be timed so.
 
     >>> import sepress
     >>> found = sepress.bench_models("sepress:se_resnet8", "sepress:se_mobile", batches=(1, 8))
     >>> [(row["label"], row["batch"]) for row in found.rows]
     [('sepress:se_resnet8', 1), ('sepress:se_mobile', 1), ('sepress:se_resnet8', 8), ('sepress:se_mobile', 8)]
     """
-    _check(models, runtimes, batches=batches, threads=threads, rounds=rounds, warmup=warmup)
+    _check(
+        models,
+        runtimes,
+        batches=batches,
+        threads=threads,
+        rounds=rounds,
+        warmup=warmup,
+        provider=provider,
+        arch=arch,
+        input_size=input_size,
+    )
     size = None if input_size is None else tuple(input_size)
     subjects = _load(models, arch=arch, trust_pickle=trust_pickle, input_size=size)
     in_torch = [subject for subject in subjects if subject.bundle is not None]
@@ -107,6 +124,7 @@ def bench_models(
         raise InputError(
             "files of ONNX run on ONNX Runtime only", remedy="Pass --runtime onnxruntime, or model files."
         )
+    _check_files(subjects, provider, batches=batches, input_size=size)
     place = resolve_device(device) if on_torch else torch.device("cpu")
     rows: list[dict[str, JSON]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -136,6 +154,9 @@ def _check(
     threads: Sequence[int],
     rounds: int,
     warmup: int,
+    provider: str,
+    arch: str | None,
+    input_size: Sequence[int] | None,
 ) -> None:
     if not models:
         raise InputError("there is no model to time", remedy="Pass files, or names such as timm:seresnet50.")
@@ -151,6 +172,11 @@ def _check(
     ):
         if not values or min(values) < least:
             raise InputError(f"--{what}: expected at least {least}")
+    if input_size is not None and (len(input_size) != 3 or min(input_size) < 1):
+        raise InputError("--input-size: expected three numbers, C,H,W, such as 3,224,224")
+    if arch is not None and not any(Path(model).is_file() for model in models):
+        raise InputError("--arch goes with a file, and every model is a name", remedy="Leave --arch out.")
+    provider_names(provider)
 
 
 def _load(
@@ -175,6 +201,21 @@ def _load(
     return subjects
 
 
+def _check_files(
+    subjects: Sequence[_Subject],
+    provider: str,
+    *,
+    batches: Sequence[int],
+    input_size: tuple[int, ...] | None,
+) -> None:
+    """Raise InputError for a file of ONNX that can't be opened or takes no such batch."""
+    for subject in subjects:
+        if subject.onnx is not None:
+            session = open_session(subject.onnx, providers=provider)
+            for batch in batches:
+                make_feeds(session, batch=batch, input_size=input_size, label=subject.label)
+
+
 def _needs_arch(file: str) -> bool:
     """Whether a file of weights does not say by itself what builds its net."""
     try:
@@ -184,14 +225,17 @@ def _needs_arch(file: str) -> bool:
 
 
 def _labels(models: Sequence[str | Path]) -> list[str]:
-    """Call files by their name where that tells them apart, else as typed; the same model again is '#2'."""
-    short = [Path(model).name if Path(model).is_file() else str(model) for model in models]
+    """Call a file by as many last parts of its path as tell it apart; the same model again is '#2'."""
+    parts = [Path(model).parts if Path(model).is_file() else (str(model),) for model in models]
     labels: list[str] = []
-    for model, name in zip(models, short, strict=True):
-        others = {str(other) for other, its in zip(models, short, strict=True) if its == name}
-        label = name if len(others) == 1 else str(model)
-        count = sum(seen == label or seen.startswith(f"{label} #") for seen in labels)
-        labels.append(f"{label} #{count + 1}" if count else label)
+    for path in parts:
+        others = [other for other in parts if other != path]
+        count = next(
+            (n for n in range(1, len(path)) if all(other[-n:] != path[-n:] for other in others)), len(path)
+        )
+        label = str(Path(*path[-count:]))
+        again = 1 + sum(path == other for other in parts[: len(labels)])
+        labels.append(f"{label} #{again}" if again > 1 else label)
     return labels
 
 
@@ -339,7 +383,7 @@ def _notes(
 ) -> Iterator[str]:
     untrained = [s.label for s in subjects if s.bundle is not None and not s.bundle.spec.trained]
     if untrained:
-        yield f"Built with random weights, which latency does not depend on: {', '.join(untrained)}."
+        yield f"UNTRAINED (built with random weights, which is enough for latency): {', '.join(untrained)}."
     left_out = [s.label for s in subjects if s.bundle is None]
     if on_torch and left_out:
         yield f"On ONNX Runtime only: {', '.join(left_out)}."
@@ -376,21 +420,35 @@ def _table(rows: Sequence[Mapping[str, JSON]]) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False)
-    compared = len(rows) > 1
-    headers = ["model", "ms", "p10-p90", *(["ratio", "p10-p90"] if compared else []), "images/s", "peak MB"]
-    for header in headers:
-        table.add_column(header, justify="left" if header == "model" else "right")
+    headers = [
+        "model",
+        "ms (p10-p90)",
+        *(["ratio (p10-p90)"] if len(rows) > 1 else []),
+        "images/s",
+        "peak MB",
+    ]
+    lines = []
     for row in rows:
-        cells = [_digits(row["median_ms"]), f"{_digits(row['p10_ms'])}-{_digits(row['p90_ms'])}"]
-        if row["label"] != row["ratio_to"]:
-            cells += [f"{row['ratio']:.2f}x", f"{row['ratio_p10']:.2f}-{row['ratio_p90']:.2f}"]
-        elif compared:
-            cells += ["1.00x", ""]
+        cells = [f"{_digits(row['median_ms'])} ({_digits(row['p10_ms'])}-{_digits(row['p90_ms'])})"]
+        if row["verdict"] is not None:
+            spread = f"{row['ratio_p10']:.2f}-{row['ratio_p90']:.2f}"
+            cells.append(f"{row['ratio']:.2f}x ({spread}) {_VERDICTS[row['verdict']]}")
+        elif len(rows) > 1:
+            cells.append("1.00x")
         peak = row["peak_bytes"]
         cells += [f"{row['images_per_s']:,.0f}", words.NOTHING if peak is None else f"{peak / 1e6:,.0f}"]
-        table.add_row(Text(row["label"], overflow="fold"), *cells)
+        lines.append(cells)
+    table = Table(box=None, pad_edge=False)
+    table.add_column(headers[0], overflow="fold")  # on a narrow terminal names are broken up, not figures
+    for header, *cells in zip(headers[1:], *lines, strict=True):
+        longest = max(len(word) for cell in (header, *cells) for word in cell.split())
+        table.add_column(header, min_width=longest, justify="left" if "(" in header else "right")
+    for row, cells in zip(rows, lines, strict=True):
+        table.add_row(Text(row["label"]), *cells)
     return table
+
+
+_VERDICTS = {"faster": "faster", "slower": "slower", "same": "same", "unclear": "can't tell"}
 
 
 def _digits(ms: float) -> str:
@@ -398,25 +456,20 @@ def _digits(ms: float) -> str:
 
 
 def _sentences(rows: Sequence[Mapping[str, JSON]]) -> Iterator[str]:
-    """What the figures of a cell say, and what they can't."""
+    """What the figures of a cell can't tell, and why there are none."""
     first = rows[0]["label"]
+    again = "Run again on a quiet machine, or with more --rounds."
     if rows[0]["noisy"]:
-        yield f"The machine was too noisy to tell the time of {first} within 10 %: run again on a quiet one."
-    for row in rows[1:]:
-        interval = f"{row['ratio_low']:.2f} to {row['ratio_high']:.2f} times its time, at 95 % confidence"
-        told = {
-            "faster": f"{row['label']} is faster than {first}",
-            "slower": f"{row['label']} is SLOWER than {first}",
-            "same": f"{row['label']} is as fast as {first}, within 3 %",
-            "unclear": f"Too noisy to tell whether {row['label']} is faster than {first}, by more than 3 %",
-        }[row["verdict"]]
-        yield f"{told}: {interval}."
+        yield f"The machine was too noisy to tell the time of {first} within {NOISY:.0%}. {again}"
+    if unclear := [row for row in rows if row["verdict"] == "unclear"]:
+        ranges = [f"{row['label']} ({row['ratio_low']:.2f}x to {row['ratio_high']:.2f}x)" for row in unclear]
+        yield (
+            f"The machine was too noisy to tell, by more than {SAME:.0%}, whether these are faster or slower "
+            f"than {first}: {', '.join(ranges)}, at {CONFIDENCE:.0%} confidence. {again}"
+        )
     providers = {row["provider"] for row in rows}
     if len(providers) > 1:
-        yield (
-            "They ran on different providers: "
-            + ", ".join(f"{row['label']} on {row['provider']}" for row in rows)
-            + "."
-        )
+        ran = [f"{row['label']} on {row['provider']}" for row in rows]
+        yield f"They ran on different providers: {', '.join(ran)}."
     for reason in sorted({row["reasons"]["peak_bytes"] for row in rows if "peak_bytes" in row["reasons"]}):
         yield f"No peak memory: {reason}."

@@ -78,7 +78,7 @@ def open_session(
     if profile_to is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile_to)
-    wanted = _provider_names(providers)
+    wanted = provider_names(providers)
     available = onnxruntime.get_available_providers()
     usable = [name for name in wanted if name in available] or [PROVIDERS["cpu"]]
     if not Path(path).is_file():
@@ -100,7 +100,8 @@ def open_session(
     return session
 
 
-def _provider_names(providers: str | Sequence[str]) -> list[str]:
+def provider_names(providers: str | Sequence[str]) -> list[str]:
+    """ONNX Runtime's names for what the user calls a provider, in order; InputError for an unknown one."""
     if not isinstance(providers, str):
         return list(providers)
     if providers == "auto":
