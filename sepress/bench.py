@@ -36,7 +36,7 @@ from sepress.timing import CONFIDENCE, MIN_ROUNDS, NOISY, SAME, TIME_BUDGET_S, m
 from sepress.types import JSON, Bundle
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType
 
 SCHEMA = "sepress.bench/1"
 RUNTIMES = ("onnxruntime", "torch", "torch-compile")
@@ -65,7 +65,7 @@ class Bench:
 
         parts: list[RenderableType] = []
         for rows in _cells(self.rows):
-            parts += [Text(_conditions(rows)), _table(rows), *map(Text, _sentences(rows)), Text("")]
+            parts += [Text(_conditions(rows)), _Table(rows), *map(Text, _sentences(rows)), Text("")]
         return Group(*(parts if self.notes else parts[:-1]), *map(Text, self.notes))
 
 
@@ -416,38 +416,41 @@ def _conditions(rows: Sequence[Mapping[str, JSON]]) -> str:
     return f"{line}; {first['rounds']} rounds"
 
 
-def _table(rows: Sequence[Mapping[str, JSON]]) -> RenderableType:
-    from rich.table import Table
-    from rich.text import Text
+@dataclass(frozen=True)
+class _Table:
+    """A cell's table; spreads get lines of their own where there is no room beside (rich asks for it)."""
 
-    headers = [
-        "model",
-        "ms (p10-p90)",
-        *(["ratio (p10-p90)"] if len(rows) > 1 else []),
-        "images/s",
-        "peak MB",
-    ]
-    lines = []
-    for row in rows:
-        cells = [f"{_digits(row['median_ms'])} ({_digits(row['p10_ms'])}-{_digits(row['p90_ms'])})"]
-        if row["verdict"] is not None:
-            spread = f"{row['ratio_p10']:.2f}-{row['ratio_p90']:.2f}"
-            cells.append(f"{row['ratio']:.2f}x ({spread}) {_VERDICTS[row['verdict']]}")
-        elif len(rows) > 1:
-            cells.append("1.00x")
-        peak = row["peak_bytes"]
-        cells += [f"{row['images_per_s']:,.0f}", words.NOTHING if peak is None else f"{peak / 1e6:,.0f}"]
-        lines.append(cells)
-    table = Table(box=None, pad_edge=False)
-    table.add_column(headers[0], overflow="fold")  # on a narrow terminal names are broken up, not figures
-    for header, *cells in zip(headers[1:], *lines, strict=True):
-        longest = max(len(word) for cell in (header, *cells) for word in cell.split())
-        table.add_column(header, min_width=longest, justify="left" if "(" in header else "right")
-    for row, cells in zip(rows, lines, strict=True):
-        table.add_row(Text(row["label"]), *cells)
-    return table
+    rows: Sequence[Mapping[str, JSON]]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        yield self.made(between=" " if options.max_width >= _ROOMY else "\n")
+
+    def made(self, *, between: str) -> RenderableType:
+        from rich.table import Table
+        from rich.text import Text
+
+        compared = len(self.rows) > 1
+        table = Table(box=None, pad_edge=False)
+        table.add_column("model", overflow="fold")  # names are broken up, not figures
+        for header in ("ms (p10-p90)", *(["ratio (p10-p90)"] if compared else [])):
+            table.add_column(header.replace(" ", between), no_wrap=True)
+        for header in ("images/s", "peak MB"):
+            table.add_column(header.replace(" ", between), justify="right", no_wrap=True)
+        for row in self.rows:
+            times = f"{_digits(row['median_ms'])} ({_digits(row['p10_ms'])}-{_digits(row['p90_ms'])})"
+            ratio = "1.00x" if compared else ""
+            if row["verdict"] is not None:
+                ratio = f"{row['ratio']:.2f}x ({row['ratio_p10']:.2f}-{row['ratio_p90']:.2f})"
+            cells = [text.replace(" ", between) for text in (times, ratio) if text]
+            if row["verdict"] is not None:
+                cells[-1] += between + _VERDICTS[row["verdict"]]
+            peak = row["peak_bytes"]
+            cells += [f"{row['images_per_s']:,.0f}", words.NOTHING if peak is None else f"{peak / 1e6:,.0f}"]
+            table.add_row(Text(row["label"]), *cells)
+        return table
 
 
+_ROOMY = 80  # columns, of which the figures take about 60
 _VERDICTS = {"faster": "faster", "slower": "slower", "same": "same", "unclear": "can't tell"}
 
 
