@@ -470,6 +470,8 @@ def _sentences(rows: Sequence[Mapping[str, JSON]]) -> Iterator[str]:
             f"The machine was too noisy to tell, by more than {SAME:.0%}, whether these are faster or slower "
             f"than {first}: {', '.join(ranges)}, at {CONFIDENCE:.0%} confidence. {again}"
         )
+    if rows[0]["threads"] > rows[0]["cores"]:
+        yield f"{rows[0]['threads']} threads on {rows[0]['cores']} cores: they wait for each other."
     providers = {row["provider"] for row in rows}
     if len(providers) > 1:
         ran = [f"{row['label']} on {row['provider']}" for row in rows]

@@ -110,7 +110,8 @@ def provider_names(providers: str | Sequence[str]) -> list[str]:
         raise InputError(
             f"unknown provider '{providers}'", remedy=f"Choose one of: auto, {', '.join(PROVIDERS)}."
         )
-    return list(dict.fromkeys([PROVIDERS[providers], PROVIDERS["cpu"]]))
+    behind = [PROVIDERS["cuda"]] if providers == "tensorrt" else []  # for the operators that it lacks
+    return list(dict.fromkeys([PROVIDERS[providers], *behind, PROVIDERS["cpu"]]))
 
 
 # ---- latency --------------------------------------------------------------------------------------

@@ -265,6 +265,11 @@ def test_noise_is_said_with_the_interval_that_it_leaves():
     assert "--rounds" in text
 
 
+def test_more_threads_than_cores_are_said_to_wait():
+    assert "8 threads on 4 cores: they wait for each other." in written(row("base", threads=8))
+    assert "wait" not in written(row("base", threads=4))
+
+
 def test_each_cell_has_its_table_and_different_providers_are_named():
     other = row(
         "b", provider="CUDAExecutionProvider", peak_bytes=None, reasons={"peak_bytes": "why"}, **PRUNED

@@ -55,3 +55,18 @@ def test_the_whole_job_runs_on_the_accelerator(tmp_path: Path) -> None:
     report = stages.run_recipe(recipe, out=tmp_path / "run").report
     assert report.environment["device"].startswith(DEVICES[0])
     assert all(check.passed for check in report.checks.values())
+
+
+@pytest.mark.skipif("cuda" not in DEVICES, reason="CUDA is not here")
+@pytest.mark.parametrize("runtime", ["onnxruntime", "torch", "torch-compile"])
+def test_models_are_timed_on_the_gpu_and_the_rows_say_so(runtime: str) -> None:
+    models = ("sepress:se_resnet8", "sepress:se_mobile")
+    found = sepress.bench_models(*models, runtimes=(runtime,), provider="cuda", device="cuda", batches=(1, 8))
+    assert [(row["label"], row["batch"]) for row in found.rows] == [(m, b) for b in (1, 8) for m in models]
+    for row in found.rows:
+        assert row["provider"].lower().startswith("cuda")
+        assert row["gpu"]
+        if runtime == "onnxruntime":
+            assert row["reasons"]["peak_bytes"]
+        else:
+            assert row["peak_bytes"] > 4 * 3 * 32 * 32 * row["batch"]  # the images alone
