@@ -23,9 +23,9 @@ from sepress import console
 from sepress.bundle import new_folder
 from sepress.calibrate import ExcitationStats, calibrate
 from sepress.compare import Comparison, Point, Table, compare, read_method, split_policy
-from sepress.coupling import Coupling
 from sepress.constraints import evaluate as hold
 from sepress.constraints import parse_constraint
+from sepress.coupling import Coupling
 from sepress.cutting import cut, cut_in_steps, cut_within, judge, on_validation
 from sepress.data import DataSource
 from sepress.data.transforms import to_levels

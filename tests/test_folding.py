@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+import torch.fx
 import torch.nn.functional as F
 import torchvision
 from nets import Head, SqueezeExcite, conv_bn, images, lively
@@ -80,8 +81,9 @@ class LinearSE(nn.Module):
 class Outside(nn.Module):
     """The excitation is a module's output, its multiplication the block's; layers around it are loose."""
 
-    def __init__(self) -> None:
+    def __init__(self, then: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
+        self.then = then or nn.Identity()
         self.pool, self.down, self.up, self.gate = (
             nn.AdaptiveAvgPool2d(1),
             nn.Conv2d(8, 4, 1),
@@ -93,7 +95,7 @@ class Outside(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.softplus(self.a(x))  # neither homogeneous, nor written with products
         x = self.gate(self.up(self.down(self.pool(x)).relu())) * x
-        return self.head(self.b(x).relu())
+        return self.head(self.b(self.then(x)).relu())
 
 
 class Chained(nn.Module):
@@ -539,7 +541,7 @@ def zoo_net(reference: str, x: Tensor) -> nn.Module:
 
 
 @pytest.mark.parametrize("reference", ZOO)
-def test_a_registrys_net_folds_whole_saves_exports_and_prunes(reference: str, tmp_path: Path) -> None:
+def test_a_registrys_net_folds_whole_and_is_saved(reference: str, tmp_path: Path) -> None:
     x = images(16, 3, 64, 64)
     net = zoo_net(reference, x)
     structure, folding = folded_whole(net, x)
@@ -554,17 +556,25 @@ def test_a_registrys_net_folds_whole_saves_exports_and_prunes(reference: str, tm
     hidden = {n for g in structure.coupling.groups if g.role == "se_hidden" for n in g.producers}
     assert hidden
     assert not any(name.rpartition(".")[0] in hidden for name in folded.state_dict())
-
+    assert torch.equal(outputs(copy.deepcopy(folded), x), outputs(folded, x))
     for suffix in (".pt", ".safetensors"):
         sepress.save(folded, tmp_path / f"net{suffix}", arch=reference)
         loaded = sepress.load(tmp_path / f"net{suffix}")
         assert torch.equal(outputs(loaded.net, x), outputs(folded, x))
         assert {r.kind for r in loaded.layout.replaced} == {"identity"}
-    assert torch.equal(outputs(copy.deepcopy(folded), x), outputs(folded, x))
 
+
+ALWAYS = "timm:mobilenetv3_small_050"  # the quickest: hard-sigmoid gates, depthwise layers
+
+
+@pytest.mark.parametrize(
+    "reference", [r if r == ALWAYS else pytest.param(r, marks=pytest.mark.zoo) for r in ZOO]
+)
+def test_a_folded_net_exports_and_prunes(reference: str, tmp_path: Path) -> None:
+    x = images(16, 3, 64, 64)
+    folded = fold(zoo_net(reference, x), calibration=x).net
     export_onnx(folded, tmp_path / "net.onnx", example=x[:1])
     assert check_onnx_parity(folded, tmp_path / "net.onnx", x[:8]).passed is True
-
     pruned = sepress.prune(folded, calibration=x, ratio=0.3, criterion="l2", compensate=False)
     assert pruned.report.checks["masked_equals_removed"].passed is True
     sepress.save(pruned.net, tmp_path / "pruned.pt", arch=reference)
@@ -573,7 +583,7 @@ def test_a_registrys_net_folds_whole_saves_exports_and_prunes(reference: str, tm
 
 
 def test_a_pruned_net_folds_trains_saves_and_has_no_gate_left_to_fold(tmp_path: Path) -> None:
-    reference, x = "timm:mobilenetv3_small_050", images(16, 3, 64, 64)
+    reference, x = ALWAYS, images(16, 3, 64, 64)
     net = zoo_net(reference, x)
     pruned = sepress.prune(net, calibration=x, ratio=0.3, criterion="l2", compensate=False).net
     first = fold(pruned, calibration=x, gates=["blocks.0.*", "blocks.2.*"])
@@ -595,20 +605,30 @@ def kept_scale() -> nn.Module:
     return Gated(F.hardswish, stream=True)
 
 
-def test_a_scale_that_stayed_is_pruned_saved_and_loaded(tmp_path: Path) -> None:
-    net, x = lively(kept_scale()), images(12)
-    folded = fold(net, calibration=x).net
-    pruned = sepress.prune(folded, calibration=x, ratio=0.4, min_width=2, round_to=2, compensate=False)
+def kept_excitation() -> nn.Module:
+    return Outside(then=F.softplus)
+
+
+@pytest.mark.parametrize(
+    ("factory", "module", "kind", "axis"),
+    [(kept_scale, "se", "scale", 0), (kept_excitation, "gate", "excitation", 1)],
+)
+def test_a_constant_that_stayed_is_pruned_saved_exported_and_loaded(
+    factory: Callable[[], nn.Module], module: str, kind: str, axis: int, tmp_path: Path
+) -> None:
+    folded = fold(lively(factory()), calibration=(x := images(12))).net
+    pruned = sepress.prune(folded, calibration=x, ratio=0.4, min_width=2, round_to=2)
     assert pruned.report.checks["masked_equals_removed"].passed is True
-    assert pruned.net.se.scale.shape[0] == pruned.net.a[0].weight.shape[0] < 8
-    sepress.save(pruned.net, tmp_path / "net.pt", arch=kept_scale)
-    loaded = sepress.load(tmp_path / "net.pt", arch=kept_scale)
+    scale = pruned.net.get_parameter(f"{module}.scale")
+    assert scale.shape[axis] == pruned.net.a[0].weight.shape[0] < 8
+    sepress.save(pruned.net, tmp_path / "net.pt", arch=factory)
+    loaded = sepress.load(tmp_path / "net.pt", arch=factory)
     assert torch.equal(outputs(loaded.net, x), outputs(pruned.net, x))
-    (replaced,) = loaded.layout.replaced
-    assert (replaced.module, replaced.kind) == ("se", "scale")
-    assert replaced.shape == tuple(pruned.net.se.scale.shape)
+    (replaced,) = [r for r in loaded.layout.replaced if r.kind != "identity"]
+    assert (replaced.module, replaced.kind, replaced.shape) == (module, kind, tuple(scale.shape))
     export_onnx(loaded.net, tmp_path / "net.onnx", example=x[:1])
     assert check_onnx_parity(loaded.net, tmp_path / "net.onnx", x).passed is True
+    assert torch.equal(torch.fx.symbolic_trace(folded)(x), outputs(folded, x))
 
 
 def test_an_excitation_in_place_keeps_what_does_not_learn(tmp_path: Path) -> None:

@@ -67,10 +67,10 @@ def make_bundle(
 ) -> Bundle:
     """Join a net with what builds it again, and make sure that it does.
 
-    The modules that folding put in and the numbers that pruning rewrote are found by comparing the net with its architecture; `attributes` are
-    only needed, all that there ever were and in order, where a user's factory can't be imported by its name
-    and is not given as `factory` either. Raises InputError for a net without a spec, and for one that its
-    spec does not build.
+    The modules that folding put in are told by their types, and the numbers that pruning rewrote by comparing
+    the net with its architecture; `attributes` are only needed, all that there ever were and in order, where
+    a user's factory can't be imported by its name and is not given as `factory` either. Raises InputError
+    for a net without a spec, and for one that its spec does not build.
     """
     if spec is None:
         raise InputError(
