@@ -234,7 +234,8 @@ def export_stage(job: Job, settings: Any) -> StageRecord:
             temporary = new(name)
             with console.working(f"exporting the {each} net and holding it to torch"):
                 checks[each] = _export(job, each, temporary, images, settings)
-        beside, image_check = _write_beside(job, label, temporary, images, settings, new)
+        with console.working("writing what goes beside it"):
+            beside, image_check = _write_beside(job, label, temporary, images, settings, new)
     console.log("timing on ONNX Runtime")
     paths = {each: job.folder.file(name) for each, name in names.items()}
     facts = {
