@@ -433,24 +433,24 @@ class _Table:
         table = Table(box=None, pad_edge=False)
         table.add_column("model", overflow="fold")  # names are broken up, not figures
         for header in ("ms (p10-p90)", *(["ratio (p10-p90)"] if compared else [])):
-            table.add_column(header.replace(" ", between), no_wrap=True)
+            table.add_column(header.replace(" (", f"{between}("), no_wrap=True)
         for header in ("images/s", "peak MB"):
-            table.add_column(header.replace(" ", between), justify="right", no_wrap=True)
+            table.add_column(header, justify="right", no_wrap=True)
         for row in self.rows:
-            times = f"{_digits(row['median_ms'])} ({_digits(row['p10_ms'])}-{_digits(row['p90_ms'])})"
-            ratio = "1.00x" if compared else ""
+            cells = [f"{_digits(row['median_ms'])} ({_digits(row['p10_ms'])}-{_digits(row['p90_ms'])})"]
             if row["verdict"] is not None:
-                ratio = f"{row['ratio']:.2f}x ({row['ratio_p10']:.2f}-{row['ratio_p90']:.2f})"
-            cells = [text.replace(" ", between) for text in (times, ratio) if text]
-            if row["verdict"] is not None:
-                cells[-1] += between + _VERDICTS[row["verdict"]]
+                spread = f"({row['ratio_p10']:.2f}-{row['ratio_p90']:.2f})"
+                cells.append(f"{row['ratio']:.2f}x {_VERDICTS[row['verdict']]} {spread}")
+            elif compared:
+                cells.append("1.00x")
+            cells = [text.replace(" (", f"{between}(") for text in cells]
             peak = row["peak_bytes"]
             cells += [f"{row['images_per_s']:,.0f}", words.NOTHING if peak is None else f"{peak / 1e6:,.0f}"]
             table.add_row(Text(row["label"]), *cells)
         return table
 
 
-_ROOMY = 80  # columns, of which the figures take about 60
+_ROOMY = 100  # columns, of which the figures take about 65
 _VERDICTS = {"faster": "faster", "slower": "slower", "same": "same", "unclear": "can't tell"}
 
 

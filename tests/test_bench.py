@@ -247,7 +247,7 @@ def test_the_table_stands_under_its_conditions():
         "onnxruntime 1.20, CPU, 1 thread, batch 1; A Processor, 4 cores, 2000 then 3000 MHz, load average 0.5"
     )
     assert "base 10.00 (9.00-12.00) 1.00x 100 34" in lines
-    assert "pruned 5.00 (9.00-12.00) 0.50x (0.45-0.55) faster 100 34" in lines
+    assert "pruned 5.00 (9.00-12.00) 0.50x faster (0.45-0.55) 100 34" in lines
     assert lines[-1] == "a note"
     assert "noisy" not in text
 
