@@ -31,7 +31,7 @@ METHODS: tuple[CalibrationMethod, ...] = ("minmax", "entropy", "percentile")
 Ranges = Any  # onnxruntime.quantization.TensorsData: tensor name -> its range, .range_value
 Images = Iterable[Any] | Tensor  # images (N, C, H, W), batches of them, or a loader of (images, targets)
 
-FLOAT16_LARGEST = 65504.0
+FLOAT16_LARGEST, FLOAT16_NORMAL = 65504.0, 2.0**-14
 HEADROOM = 2.0  # images beyond the calibration set may reach higher
 PIECE_VALUES = 2**19  # of the input, run at once: every activation of a piece is held
 # entropy chooses among thresholds that hold between 128 bins and all: with the library's 128 it has no choice
@@ -52,16 +52,16 @@ _POOLINGS = {
 def to_fp16(path: str | Path, out: str | Path, *, calibration: Images) -> tuple[str, ...]:
     """Write the file's net in float16; returns the names of the nodes that stay in float32.
 
-    Inputs and outputs stay float32. Operators whose weights or activations, over the calibration images
-    (N, C, H, W), come within HEADROOM of float16's largest number stay float32 with everything between them.
+    Inputs and outputs stay float32. Operators whose weights, or activations over the calibration images
+    (N, C, H, W) with HEADROOM, float16 can't hold stay float32, and so does what goes from one to the next.
     Raises SepressError where the result is not valid.
     """
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
     source = load_named(path)
     ranges = measure_ranges(path, calibration, method="minmax", every_operator=True)
-    large = _too_large(source, ranges)
-    kept = tuple(node.name for node in source.graph.node if not large.isdisjoint((*node.input, *node.output)))
+    unfit = _unfit(source, ranges)
+    kept = tuple(node.name for node in source.graph.node if not unfit.isdisjoint((*node.input, *node.output)))
     with console.silenced():
         model = convert_float_to_float16(
             copy.deepcopy(source),
@@ -70,6 +70,7 @@ def to_fp16(path: str | Path, out: str | Path, *, calibration: Images) -> tuple[
             node_block_list=list(kept),
         )
         _join_float32(model.graph)
+        del model.graph.value_info[:]  # those of what was joined are no longer true
     _write(model, source, Path(out), precision="fp16")
     return kept
 
@@ -149,21 +150,23 @@ def _write(model: onnx.ModelProto, source: onnx.ModelProto, out: Path, *, precis
 
 
 # ---- float16: what does not fit --------------------------------------------------------------------
-def _too_large(model: onnx.ModelProto, ranges: Ranges) -> set[str]:
-    """Names of the tensors that float16 can't hold: weights would be clamped, activations overflow."""
+def _unfit(model: onnx.ModelProto, ranges: Ranges) -> set[str]:
+    """Names of the tensors that float16 can't hold.
+
+    It would clamp a weight that is too large, and overflow in an activation; where a whole activation lies
+    under its smallest normal number, few bits of any value are left.
+    """
     weights = {
         tensor.name
         for tensor in model.graph.initializer
         if tensor.data_type == TensorProto.FLOAT
         and np.abs(numpy_helper.to_array(tensor)).max(initial=0.0) > FLOAT16_LARGEST
     }
-    activations = {
-        name
+    reach = {
+        name: HEADROOM * max(abs(float(np.asarray(bound).max())) for bound in ranges[name].range_value)
         for name in ranges.keys()  # noqa: SIM118 (no mapping)
-        if max(abs(float(np.asarray(bound).max())) for bound in ranges[name].range_value)
-        > FLOAT16_LARGEST / HEADROOM
     }
-    return weights | activations
+    return weights | {n for n, x in reach.items() if x > 0 and not FLOAT16_NORMAL <= x <= FLOAT16_LARGEST}
 
 
 def _join_float32(graph: onnx.GraphProto) -> None:

@@ -152,6 +152,53 @@ def nets() -> None:
         )
 
 
+def precision(nets: Sequence[str]) -> None:
+    """fp16 and int8 of named nets, random weights, 224 px, one thread: size, latency, error to float32."""
+    import tempfile
+    from pathlib import Path
+
+    import torch
+
+    import sepress
+    from sepress.models import build_net, build_spec
+    from sepress.precision import answering, find_gate_nodes, load_named, measure_ranges, to_fp16, to_int8
+    from sepress.runtime import measure_onnx_latency, open_session
+
+    torch.set_num_threads(1)
+    print("| net | file | size | latency (95 % interval) | verdict | SQNR, dB |")
+    print("|---|---|---:|---:|---|---:|", flush=True)
+    for reference in nets:
+        torch.manual_seed(0)
+        net, images = build_net(build_spec(reference, trained=False)), torch.randn(24, 3, 224, 224)
+        settle(net, images[:8])
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            names = ("float32", "fp16", "int8", "int8, gates float")
+            paths = {name: folder / f"{i}.onnx" for i, name in enumerate(names)}
+            float32, fp16, int8, mixed = paths.values()
+            sepress.export_onnx(net, float32, example=images[:1])
+            to_fp16(float32, fp16, calibration=images[:16])
+            ranges = measure_ranges(float32, images[:16], method="minmax")
+            to_int8(float32, int8, ranges=ranges)
+            gates = find_gate_nodes(load_named(float32)).values()
+            to_int8(float32, mixed, ranges=ranges, in_float=[node for gate in gates for node in gate])
+            timed = measure_onnx_latency(paths, images[:1])
+            outputs = {
+                name: answering(open_session(path, providers="cpu", threads=1))(images[16:])[0]
+                for name, path in paths.items()
+            }
+            sizes = {name: path.stat().st_size for name, path in paths.items()}
+        for name in names[1:]:
+            noise = (outputs[name] - outputs["float32"]).square().mean()
+            sqnr = 10 * (outputs["float32"].var(dim=0).mean() / noise).log10()
+            f = timed[name]
+            print(
+                f"| {reference} | {name} | {sizes[name] / sizes['float32']:.2f} | {f['ratio']:.2f} "
+                f"({f['ratio_low']:.2f} to {f['ratio_high']:.2f}) | {f['verdict']} | {sqnr:.1f} |",
+                flush=True,
+            )
+
+
 def settle(net: torch.nn.Module, images: torch.Tensor) -> None:
     """Give the batch norms of an untrained net the statistics of some images: outputs then vary."""
     import torch
@@ -326,6 +373,9 @@ if __name__ == "__main__":
     one.add_argument("nets", nargs="*", default=LARGE)
     one.add_argument("--images", type=int, default=64)
     one.set_defaults(run=scale)
+    one = commands.add_parser("precision", help=precision.__doc__)
+    one.add_argument("nets", nargs="*", default=SEVEN[:5])
+    one.set_defaults(run=precision)
     one = commands.add_parser("prune-large", help="the process that `scale` starts")
     one.add_argument("reference")
     one.add_argument("images", type=int)
