@@ -273,7 +273,7 @@ _CHECKS = {
     "masked_equals_removed": ("Masked = removed", "the pruned net gives what the masked one gives"),
     "folded_equals_constant": ("Folded = constant", "the folded net gives what constant gates give"),
     "onnx_parity": ("ONNX = torch", "ONNX Runtime gives what torch gives on real images"),
-    "image_parity": ("Bytes in = torch", "with preprocessing inside, too, on the same images' bytes"),
+    "image_parity": ("Bytes in = torch", "the file that takes bytes gives torch's probabilities"),
     "saved_equals_loaded": ("Saved = loaded", "the model's file gives back the same net, bit for bit"),
 }
 
