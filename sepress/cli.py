@@ -209,6 +209,16 @@ class TargetOptions(OptionGroup):
     target_params: Annotated[
         float | None, typer.Option("--target-params", help="Fraction of the parameters to keep.")
     ] = None
+    target_latency: Annotated[
+        float | None,
+        typer.Option(
+            "--target-latency", help="Fraction of the latency to keep, as timed here or in a table."
+        ),
+    ] = None
+    latency_table: Annotated[
+        str | None,
+        typer.Option("--latency-table", metavar="FILE", help="Plan by this table; see `sepress profile`."),
+    ] = None
 
 
 class PlanOptions(OptionGroup):
@@ -389,8 +399,8 @@ class PrecisionOptions(OptionGroup):
             "--calibration", help="Of int8: auto (the default: all, the best), minmax, entropy or percentile."
         ),
     ] = None
-    calibration_images: Annotated[
-        int | None, typer.Option("--calibration-images", help="Images that ranges are measured on (128).")
+    range_images: Annotated[
+        int | None, typer.Option("--range-images", help="Images that ranges are measured on (128).")
     ] = None
 
 
@@ -621,7 +631,10 @@ def _print_plan(plan: "PruningPlan", *, as_json: bool) -> None:
         table.add_row(Text(row.group), *widths, Text(row.evidence or "-"))
     macs = f"MACs {plan.macs_before:,} -> {plan.macs_after:,} ({plan.macs_after / plan.macs_before:.1%})"
     params = f"params {plan.params_before:,} -> {plan.params_after:,}"
-    lines = [f"predicted: {macs}, {params} ({plan.params_after / plan.params_before:.1%})", *plan.notes]
+    predicted = f"predicted: {macs}, {params} ({plan.params_after / plan.params_before:.1%})"
+    if plan.latency_ratio is not None:
+        predicted += f", latency about {plan.latency_ratio:.2f}x"
+    lines = [predicted, *plan.notes]
     _print(Group(table, *(Text(line) for line in lines)))
 
 
@@ -762,6 +775,7 @@ def rank(
     "sepress prune --ratio 0.3 model.pt",
     "sepress prune model.pt --target-macs 0.5 --finetune-epochs 3 --require 'top1_drop<=0.01'",
     "sepress prune model.pt --within 'top1_drop<=0.01' --finetune-epochs 3",
+    "sepress prune model.pt --target-latency 0.6 --latency-table table.json",
     "sepress prune model.pt --target-macs 0.3 --steps 3 --step-epochs 1 --finetune-epochs 3",
     "sepress prune weights.pth --arch timm:mobilenetv3_large_100 --data photos/ --ratio 0.3 --dry-run",
     "sepress prune model.pt --plan model-pruned/plan.json --json",
@@ -795,7 +809,8 @@ def prune(
         )
     draft = Draft().add(model, data, run)
     draft.stage("prune", criterion, calibration, target, plan, schedule, surgery, checks)
-    draft.marks["stages", 0, "prune"] = "--ratio, --target-macs, --target-params, --within, --plan"
+    targets = "--ratio, --target-macs, --target-params, --target-latency, --within, --plan"
+    draft.marks["stages", 0, "prune"] = targets
     if finetune_epochs:
         draft.stage("finetune", epochs=finetune_epochs)
     draft.stage("evaluate").stage("export", checks)

@@ -248,6 +248,8 @@ class PruneStage(Settings):
     ratio: Share | None = None  # of the prunable channels, removed
     target_macs: Share | None = None  # of the base's, kept
     target_params: Share | None = None  # of the base's, kept
+    target_latency: Share | None = None  # of the base's, kept
+    latency_table: str | None = None  # what `sepress profile` wrote; null: layers are timed on this machine
     within: Annotated[str, AfterValidator(_check_held)] | None = None  # the smallest net that holds this
     steps: Count = 1  # each on a net ranked anew, and recalibrated
     step_epochs: Annotated[int, Field(ge=0)] = 0  # of fine-tuning between steps
@@ -273,8 +275,10 @@ class PruneStage(Settings):
             idle = [name for name in idle if getattr(self, name) is not None]  # null takes a target back
             if idle:
                 raise ValueError(f"a plan says what is removed: it takes no {', '.join(idle)}")
-        if self.steps > 1 and (self.ratio or self.within or self.overrides):
-            raise ValueError("steps lead to target_macs or target_params: they take no ratios, and no within")
+        if self.steps > 1 and (self.ratio or self.target_latency or self.within or self.overrides):
+            raise ValueError("steps lead to target_macs or target_params, and take no other target")
+        if self.steps > 1 and self.latency_table:
+            raise ValueError("a latency table is of one net, and steps plan on several: leave one of them out")
         if self.steps == 1 and self.step_epochs:
             raise ValueError("step_epochs lie between steps: set steps to 2 or more")
         return self
@@ -289,7 +293,14 @@ class PruneStage(Settings):
 
 _TARGETS = (*TARGETS, "within")
 # read while a plan is made only
-_PLANNING = ("criterion", *(field.name for field in fields(Policy)), "within", "steps", "step_epochs")
+_PLANNING = (
+    "criterion",
+    *(field.name for field in fields(Policy)),
+    "latency_table",
+    "within",
+    "steps",
+    "step_epochs",
+)
 
 
 class FoldStage(Settings):
@@ -351,7 +362,7 @@ class PrecisionStage(Settings):
     )
     within: Annotated[str, AfterValidator(_check_constraint)] = "top1_drop<=0.01"  # against the float file
     calibration: Literal["auto", "minmax", "entropy", "percentile"] = "auto"  # of int8; auto: all, the best
-    calibration_images: Count = 128  # ranges settle with these
+    range_images: Count = 128  # ranges settle with these
     latency_rounds: Count = defaults.LATENCY_ROUNDS  # interleaved with the float file
 
 
@@ -593,6 +604,8 @@ def check_inputs(recipe: Recipe, *, images: bool = True) -> None:
     for stage in recipe.stages:
         if isinstance(stage, PruneStage) and stage.plan and not Path(stage.plan).is_file():
             raise InputError(f"there is no plan {stage.plan}", remedy=_RELATIVE)
+        if isinstance(stage, PruneStage) and stage.latency_table and not Path(stage.latency_table).is_file():
+            raise InputError(f"there is no latency table {stage.latency_table}", remedy=_RELATIVE)
 
 
 def _check_name(source: str) -> None:

@@ -204,7 +204,7 @@ def _timed(
 # ---- the formats ----------------------------------------------------------------------------------
 def _fp16(judge: _Judge, settings: Any, folder: Path) -> Iterator[Candidate]:
     path = folder / "fp16.onnx"
-    kept = to_fp16(judge.source, path, calibration=judge.job.calibration(settings.calibration_images))
+    kept = to_fp16(judge.source, path, calibration=judge.job.calibration(settings.range_images))
     how = f"{len(kept)} operators stay {FLOAT}, beyond float16's range" if kept else "all of it"
     yield judge.judge("fp16", how, path)
 
@@ -216,7 +216,7 @@ def _int8(judge: _Judge, settings: Any, folder: Path) -> Iterator[Candidate]:
     found: dict[CalibrationMethod, Candidate] = {}
     weights = ", 7-bit weights (8 saturate on this machine)" if kernels_saturate() else ""
     for method in methods:
-        images = judge.job.calibration(settings.calibration_images)
+        images = judge.job.calibration(settings.range_images)
         ranges[method] = measure_ranges(judge.source, images, method=method)
         path = folder / f"int8-{method}.onnx"
         to_int8(judge.source, path, ranges=ranges[method])

@@ -289,7 +289,7 @@ EXPORT = {"latency_rounds": 6, "exporter": "torchscript"}  # the quicker one
 
 
 def variants_of(model: Path, out: Path, **settings: Any) -> Report:
-    given = {"calibration_images": 64, "latency_rounds": 6, **settings}
+    given = {"range_images": 64, "latency_rounds": 6, **settings}
     made = recipe({"export": EXPORT}, {"precision": given}, model={"source": str(model)})
     report = stages.run_recipe(made, out=out).report
     assert report is not None
