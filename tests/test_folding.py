@@ -762,6 +762,17 @@ def test_fold_may_follow_a_finetune_and_its_net_is_the_newest(trained: Path, tmp
     assert len(load_bundle(tmp_path / "again" / "folded.pt").lineage["folded"]) == 3
 
 
+def test_a_pruned_file_is_folded_beside_its_base(trained: Path, tmp_path: Path) -> None:
+    stages.run_recipe(recipe(PRUNE, model={"source": str(trained)}), out=tmp_path / "pruned")
+    what = recipe({"fold": {"all": True}}, model={"source": str(tmp_path / "pruned" / "pruned.pt")})
+    report = stages.run_recipe(what, out=tmp_path / "run").report
+    assert [row.label for row in report.measurements] == ["base", "pruned", "folded"]
+    assert report.measurements[1].params > report.measurements[2].params
+    bundle = load_bundle(tmp_path / "run" / "folded.pt")
+    assert bundle.lineage["base"]["path"] == str(trained.resolve())
+    assert len(bundle.lineage["plans"]) == 1
+
+
 def test_gates_are_folded_within_a_constraint_on_validation(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
