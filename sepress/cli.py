@@ -900,10 +900,9 @@ def export(
 ) -> None:
     """Write ONNX that agrees with the model on real images, and time it; where asked, in fp16 and int8."""
     draft = Draft().add(model, data, run).stage("export", onnx, checks)
-    formats = [name for name, wanted in (("fp16", fp16), ("int8", int8)) if wanted]
     typed = [flag for name, flag in _flags(PrecisionOptions).items() if getattr(precision, name) is not None]
-    if formats:
-        draft.stage("precision", precision, formats=formats)
+    if fp16 or int8:
+        draft.stage("precision", precision, fp16=fp16, int8=int8)
     elif typed:
         raise InputError(f"{typed[0]} is about fp16 and int8 files", remedy="Add --fp16, --int8 or both.")
     execute(draft.require(require).recipe("exported"), out=out, as_json=as_json)
@@ -1057,6 +1056,38 @@ def benchmark(
         _print_json({name: table.to_json() for name, table in tables.items()})
     else:
         _write("\n".join(f"## {name}\n\n{table.to_markdown()}" for name, table in tables.items()))
+
+
+@_command(
+    "sepress profile model.pt --out table.json",
+    "sepress profile timm:mobilenetv3_large_100 --batch 1 --threads 2 --out mobile.json",
+)
+def profile(
+    model: ModelOptions,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The table, as JSON.")],
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images at once.")] = 1,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Time a model's layers at many widths on ONNX Runtime's CPU: what prune --latency-table plans by."""
+    draft = Draft().add(model).stage("evaluate")
+    if not Path(model.source).is_file():
+        draft.values["model"]["random_weights"] = True
+    recipe = draft.recipe("profiled", images=False)
+    with _stdout_kept():
+        from sepress import stages
+
+        table = stages.profile_model(recipe, batch=batch, threads=threads, out=out)
+    if as_json:
+        _print_json(table.to_json())
+        return
+    found = table.validation
+    _write(
+        f"{len(table.fixed)} layers; the base takes {found['base_ms']:.3g} ms. Predicted ratios of "
+        f"{len(found['measured'])} nets that the table had not seen are off by {found['median_error']:.1%} "
+        f"(median; at most {found['worst_error']:.1%}).\n"
+    )
+    console.log(f"written to {out}")
 
 
 def _timing(name: str, *, help: str, metavar: str | None = None) -> Any:

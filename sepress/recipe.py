@@ -83,12 +83,6 @@ def _check_constraint(text: str) -> str:
     return text
 
 
-def _check_distinct(formats: tuple[str, ...]) -> tuple[str, ...]:
-    if not formats or len(set(formats)) < len(formats):
-        raise ValueError(f"expected one or more formats, each once, not {list(formats)}")
-    return formats
-
-
 def _check_held(text: str) -> str:
     with _as_value_error():
         parse_held(text)
@@ -278,7 +272,7 @@ class PruneStage(Settings):
         if self.steps > 1 and (self.ratio or self.target_latency or self.within or self.overrides):
             raise ValueError("steps lead to target_macs or target_params, and take no other target")
         if self.steps > 1 and self.latency_table:
-            raise ValueError("a latency table is of one net, and steps plan on several: leave one of them out")
+            raise ValueError("a latency table is of one net, and steps plan on several: leave one out")
         if self.steps == 1 and self.step_epochs:
             raise ValueError("step_epochs lie between steps: set steps to 2 or more")
         return self
@@ -356,14 +350,22 @@ class PrecisionStage(Settings):
     """Write the exported file in other precisions, and keep what holds a constraint on validation."""
 
     kind: Literal["precision"] = "precision"
-    formats: Annotated[tuple[Literal["fp16", "int8"], ...], AfterValidator(_check_distinct)] = (
-        "fp16",
-        "int8",
-    )
+    fp16: bool = True
+    int8: bool = True
     within: Annotated[str, AfterValidator(_check_constraint)] = "top1_drop<=0.01"  # against the float file
     calibration: Literal["auto", "minmax", "entropy", "percentile"] = "auto"  # of int8; auto: all, the best
     range_images: Count = 128  # ranges settle with these
     latency_rounds: Count = defaults.LATENCY_ROUNDS  # interleaved with the float file
+
+    @model_validator(mode="after")
+    def _some_precision(self) -> Self:
+        if not (self.fp16 or self.int8):
+            raise ValueError("fp16 and int8 are both false: nothing is left to make")
+        return self
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        return tuple(name for name in ("fp16", "int8") if getattr(self, name))
 
 
 STAGES: Mapping[str, type[Settings]] = {

@@ -14,9 +14,11 @@ from nets import SmallNet, images, lively
 from onnx import numpy_helper
 from PIL import Image
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import sepress
 from sepress import precision, stages, variants
+from sepress.cli import app
 from sepress.device import seeded
 from sepress.errors import InputError
 from sepress.precision import (
@@ -358,7 +360,7 @@ def test_a_file_whose_outputs_are_not_finite_is_rejected(
         return ()
 
     monkeypatch.setattr(variants, "to_fp16", overflowing)
-    fp16 = variants_of(trained, tmp_path / "run", formats=["fp16"]).variants[1]
+    fp16 = variants_of(trained, tmp_path / "run", int8=False).variants[1]
     assert not fp16.kept
     assert "can't be told, top1 of fp16 is unknown: the outputs are not finite" in fp16.reason
     assert fp16.agreement == 0.0
@@ -367,11 +369,11 @@ def test_a_file_whose_outputs_are_not_finite_is_rejected(
 def test_any_constraint_that_a_file_can_be_held_to_decides_and_others_are_refused(
     trained: Path, tmp_path: Path
 ) -> None:
-    report = variants_of(trained, tmp_path / "small", formats=["fp16"], within="bytes_ratio<=0.1")
+    report = variants_of(trained, tmp_path / "small", int8=False, within="bytes_ratio<=0.1")
     assert report.variants[1].reason.startswith("bytes_ratio<=0.1: not met at 0.")
     assert report.variants[1].reason.count("float32") == 1
     with pytest.raises(InputError, match=r"macs_ratio<=0\.5 can't be told of a file"):
-        variants_of(trained, tmp_path / "macs", formats=["fp16"], within="macs_ratio<=0.5")
+        variants_of(trained, tmp_path / "macs", int8=False, within="macs_ratio<=0.5")
 
 
 def test_without_labels_a_file_can_t_be_held_to_accuracy_and_nothing_is_started(
@@ -395,10 +397,21 @@ def test_a_recipe_has_an_export_before_precision(order: list[str]) -> None:
         recipe(*order, model={"source": "model.pt"})
 
 
+def test_a_precision_stage_makes_something() -> None:
+    with pytest.raises(ValueError, match="nothing is left to make"):
+        recipe("export", {"precision": {"fp16": False, "int8": False}}, model={"source": "model.pt"})
+
+
+def test_the_verb_says_what_a_lone_within_lacks(trained: Path) -> None:
+    done = CliRunner().invoke(app, ["export", str(trained), "--within", "top1_drop<=0.01"])
+    assert done.exit_code == 2
+    assert "--within is about fp16 and int8 files" in done.stderr
+
+
 def test_variants_survive_json_and_are_shown_with_their_ratios(trained: Path, tmp_path: Path) -> None:
     from rich.console import Console
 
-    report = variants_of(trained, tmp_path / "run", formats=["int8"], calibration="minmax")
+    report = variants_of(trained, tmp_path / "run", fp16=False, calibration="minmax")
     value = report_to_json(report)
     assert report_from_json(value).variants == tuple(
         sepress.types.Variant(v.precision, v.kept, v.how, v.reason, v.agreement, v.validation, v.final)
