@@ -36,7 +36,7 @@ from sepress.recipe import (
 )
 from sepress.safe_yaml import read_text, read_yaml
 from sepress.stages import compare_model, run_recipe
-from sepress.types import TARGETS, Policy, Scope
+from sepress.types import Policy, Scope, Target
 
 # It begins with a letter and holds no dash, so that no folder of one thing is that of another.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$", max_length=50)]
@@ -65,6 +65,9 @@ class Net(Settings):
     train: TrainStage
 
 
+_SIZES: tuple[Target, ...] = ("target_macs", "target_params", "ratio")  # a latency is not of all bases one
+
+
 class Part(Settings):
     """Methods at some points; with a fine-tune of its own it is a comparison of its own, in OUT/NET-NAME."""
 
@@ -82,11 +85,11 @@ class Part(Settings):
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:
-        if sum(bool(getattr(self, name)) for name in TARGETS) != 1:
-            raise ValueError(f"exactly one of {', '.join(TARGETS)} is needed")
+        if sum(bool(getattr(self, name)) for name in _SIZES) != 1:
+            raise ValueError(f"exactly one of {', '.join(_SIZES)} is needed")
         if self.own_finetune != (self.name is not None):
             raise ValueError("a fine-tune of its own and a name, for its folder, belong together")
-        for key in ("methods", *TARGETS):
+        for key in ("methods", *_SIZES):
             if len(set(getattr(self, key))) < len(getattr(self, key)):
                 raise ValueError(f"{key} are named once each")
         return self
@@ -184,7 +187,7 @@ def _train(benchmark: Benchmark, net: Net, seed: int, folder: Path) -> Path:
 
 
 def _compare(benchmark: Benchmark, net: Net, part: Part, bases: Sequence[Path], out: Path) -> Table:
-    target = next(name for name in TARGETS if getattr(part, name))
+    target = next(name for name in _SIZES if getattr(part, name))
     values = getattr(part, target)
     shared = ("calibration_images", "recalibration_images", "scope", "round_to", "min_width")
     settings = {name: getattr(benchmark, name) for name in shared}

@@ -12,6 +12,7 @@ from torch import nn
 from sepress import console
 from sepress.constraints import ConstraintResult, parse_constraint
 from sepress.constraints import evaluate as hold
+from sepress.costs import LatencyTable, predictor
 from sepress.coupling import Coupling, trace
 from sepress.errors import InputError
 from sepress.job import Job, policy_of, train_config
@@ -48,7 +49,14 @@ def judge(
     return Judged(net, coupling, ranking, stats)
 
 
-def cut(job: Job, settings: Any, judged: Judged, how: Policy | PruningPlan) -> Surgery:
+def cut(
+    job: Job,
+    settings: Any,
+    judged: Judged,
+    how: Policy | PruningPlan,
+    *,
+    table: LatencyTable | None = None,
+) -> Surgery:
     """Plan, cut, check, refit, and re-estimate batch norm."""
     surgery = prune_channels(
         judged.net,
@@ -56,6 +64,7 @@ def cut(job: Job, settings: Any, judged: Judged, how: Policy | PruningPlan) -> S
         judged.ranking,
         how,
         images=job.images(CHECK_IMAGES),
+        latency=predictor(judged.coupling, table),
         moments=judged.stats if settings.compensate else None,
         allow_vacuous=settings.allow_vacuous,
     )
@@ -70,7 +79,7 @@ def cut(job: Job, settings: Any, judged: Judged, how: Policy | PruningPlan) -> S
     return surgery
 
 
-def cut_within(job: Job, settings: Any, judged: Judged) -> Surgery:
+def cut_within(job: Job, settings: Any, judged: Judged, *, table: LatencyTable | None = None) -> Surgery:
     """Find the smallest net that holds the stage's constraint on validation, fine-tuned as the recipe says.
 
     Channels are ranked once; every probe is cut from the same net.
@@ -92,11 +101,13 @@ def cut_within(job: Job, settings: Any, judged: Judged) -> Surgery:
     def of_share(share: float) -> Policy:
         return replace(policy, target_macs=share)
 
+    latency = predictor(judged.coupling, table)
+
     def plan(share: float) -> PruningPlan:
-        return plan_pruning(judged.ranking, judged.coupling, policy=of_share(share))
+        return plan_pruning(judged.ranking, judged.coupling, policy=of_share(share), latency=latency)
 
     def attempt(share: float) -> tuple[Surgery, ConstraintResult]:
-        surgery = cut(job, settings, judged, of_share(share))
+        surgery = cut(job, settings, judged, of_share(share), table=table)
         net = surgery.net
         if tuning is not None:
             net = copy.deepcopy(net)

@@ -10,6 +10,7 @@ from sepress.errors import InputError
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -30,6 +31,13 @@ def resolve_device(name: str = "auto") -> torch.device:
             remedy="Use --device auto, or install a torch build for it.",
         )
     return torch.device(name)
+
+
+def home_of(net: nn.Module) -> torch.device:
+    """The device that a net's parameters lie on; the CPU for a net without."""
+    import torch
+
+    return next((p.device for p in net.parameters()), torch.device("cpu"))
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from sepress.coupling import Coupling, trace
 from sepress.criteria import get_criterion
 from sepress.data import DataSource, DataSpec, Loader, make_loader, open_data
 from sepress.defaults import BATCH_SIZE
-from sepress.device import resolve_device
+from sepress.device import home_of, resolve_device
 from sepress.digests import file_digest
 from sepress.errors import CheckError, InputError, SepressError
 from sepress.measure import environment
@@ -135,6 +135,8 @@ class Job:
         for stage in self.recipe.stages:
             if stage.kind == "prune" and stage.plan is not None:
                 files["plan"] = stage.plan
+            if stage.kind == "prune" and stage.latency_table is not None:
+                files["latency table"] = stage.latency_table
         found = {what: file_digest(Path(path)) for what, path in files.items() if Path(path).is_file()}
         return found | {"data": self.source.fingerprint}
 
@@ -358,7 +360,7 @@ def _known_spec(recipe: Recipe, known: dict[str, JSON]) -> DataSpec:
 
 def _count_outputs(bundle: Bundle) -> int | None:
     """How many classes a net of the user's own tells apart: the width of its first (N, classes) output."""
-    device = next((p.device for p in bundle.net.parameters()), torch.device("cpu"))
+    device = home_of(bundle.net)
     with evaluating(bundle.net):
         outputs = bundle.net(torch.zeros(1, *bundle.spec.preprocessing.input_size, device=device))
     flat = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.dim() == 2]

@@ -20,6 +20,12 @@ def kept_modes(net: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def take_modes(net: nn.Module, like: nn.Module) -> None:
+    """Put each module in the mode of its original: a norm that was frozen stays so."""
+    for module, original in zip(net.modules(), like.modules(), strict=True):
+        module.training = original.training
+
+
 @contextmanager
 def evaluating(net: nn.Module) -> Iterator[None]:
     """Run with the net in eval mode and without gradients; each module's own mode is restored."""

@@ -7,9 +7,9 @@ and the comparison of criteria all call these functions.
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,13 +17,16 @@ from torch import Tensor, nn
 
 from sepress import console
 from sepress.calibrate import ExcitationStats, calibrate
+from sepress.costs import LatencyTable, as_table, predictor
 from sepress.coupling import Coupling, apply_removal, check_removal, trace
 from sepress.criteria import get_criterion, rank
 from sepress.defaults import CRITERION, RECALIBRATION_IMAGES, REFIT_PASSES
-from sepress.device import resolve_device, seeded
+from sepress.device import home_of, resolve_device, seeded
 from sepress.errors import CheckError, InputError
 from sepress.measure import count_macs, count_params, environment
-from sepress.plan import check_plan, check_policy, plan_pruning
+from sepress.modes import take_modes
+from sepress.plan import Count, check_plan, check_policy, plan_pruning
+from sepress.profile import table_for
 from sepress.reconstruct import compensate as refit_readers
 from sepress.recover import recover
 from sepress.train import recalibrate_batchnorm
@@ -121,19 +124,22 @@ def prune_channels(
     how: Policy | PruningPlan,
     *,
     images: Tensor,
+    latency: Count | None = None,
     moments: ExcitationStats | None = None,
     allow_vacuous: bool = False,
 ) -> Surgery:
     """Plan, cut and verify on a copy of the net; what a failed check names is frozen and planned around.
 
-    `images` (n, ...) are real inputs, on the net's device. With `moments`, statistics that hold that
-    evidence, the layers that read what goes are refitted before the cut, and the check is of the refitted
-    net. A plan in place of a policy is applied as it stands, or not at all. Raises CheckError where masked =
-    removed does not hold, or can't be told.
+    `images` (n, ...) are real inputs, on the net's device. `latency` predicts the time of a removal; without
+    it the coarse table does. With `moments`, statistics that hold that evidence, the layers that read what
+    goes are refitted before the cut, and the check is of the refitted net. A plan in place of a policy is
+    applied as it stands, or not at all. Raises CheckError where masked = removed does not hold, or can't be
+    told.
     """
     if isinstance(how, PruningPlan):
         check_plan(how, coupling)
-    plan = how if isinstance(how, PruningPlan) else plan_pruning(ranking, coupling, policy=how)
+    time = latency or predictor(coupling)
+    plan = how if isinstance(how, PruningPlan) else plan_pruning(ranking, coupling, policy=how, latency=time)
     for _ in range(MAX_REPLANS):
         whole = net if moments is None else copy.deepcopy(net)
         refits = None if moments is None else refit_readers(whole, coupling, moments, plan.removed)
@@ -153,7 +159,7 @@ def prune_channels(
             console.log(f"freezing {name}: {why}")
         coupling = coupling.with_frozen(culprits)
         try:
-            plan = plan_pruning(ranking, coupling, policy=how)
+            plan = plan_pruning(ranking, coupling, policy=how, latency=time)
         except InputError:  # what is left can't meet the policy: the check is what went wrong
             raise failed from None
     else:
@@ -225,6 +231,8 @@ def prune(
     ratio: float | None = None,
     target_macs: float | None = None,
     target_params: float | None = None,
+    target_latency: float | None = None,
+    latency_table: LatencyTable | str | Path | None = None,
     criterion: str = CRITERION,
     scope: Scope = Policy.scope,
     round_to: int = Policy.round_to,
@@ -244,9 +252,11 @@ def prune(
     `calibration` is a tensor of inputs (N, C, H, W; also 3- or 5-dimensional), or an iterable that can be
     read more than once (a DataLoader, a list) of such tensors or of (inputs, targets) pairs; targets are
     needed by the criteria that use labels only. Exactly one target is given: `ratio` of prunable channels
-    removed, or the share of the base's MACs or parameters to keep. With `compensate`, layers that read what
-    goes are refitted on the same inputs; batch norm always is. Fine-tuning is yours. Raises InputError for
-    what can't be used and CheckError where the pruned net does not equal the masked one.
+    removed, or the share of the base's MACs, parameters or latency to keep. A latency is planned for by
+    `latency_table` (a table of sepress.profile_latency, or its file), or else timed on this machine. With
+    `compensate`, layers that read what goes are refitted on the same inputs; batch norm always is.
+    Fine-tuning is yours. Raises InputError for what can't be used and CheckError where the pruned net does
+    not equal the masked one.
 
     >>> import sepress, torch
     >>> net = sepress.build("sepress:se_resnet8", in_chans=1)
@@ -258,6 +268,7 @@ def prune(
         ratio=ratio,
         target_macs=target_macs,
         target_params=target_params,
+        target_latency=target_latency,
         scope=scope,
         round_to=round_to,
         min_width=min_width,
@@ -267,8 +278,8 @@ def prune(
     )
     check_policy(policy)
     get_criterion(criterion)
+    given = as_table(latency_table)
     batches = as_batches(calibration, batch_size)
-    home = next((p.device for p in net.parameters()), torch.device("cpu"))
     place = resolve_device(device)
     with seeded(seed):
         base = copy.deepcopy(net).to(place).eval()
@@ -277,21 +288,22 @@ def prune(
         ranking, stats = rank_channels(
             base, coupling, batches, criterion=criterion, compensate=compensate, device=place, seed=seed
         )
+        table, notes = table_for(base, coupling, ranking, policy, images[:1], given=given)
         surgery = prune_channels(
             base,
             coupling,
             ranking,
             policy,
             images=images,
+            latency=predictor(coupling, table),
             moments=stats if compensate else None,
             allow_vacuous=allow_vacuous,
         )
         restore(surgery, base, batches, compensate=compensate, images=recalibration_images, device=place)
-    report = _api_report(base, surgery, ranking, images[:1], calibrated=stats.images)
-    pruned = surgery.net.to(home)
-    for given, made in zip(net.modules(), pruned.modules(), strict=True):
-        made.training = given.training  # a norm that was frozen stays so
-    return PruneResult(net=pruned, plan=surgery.plan, ranking=ranking, report=report)
+    notes = (*notes, f"calibrated on {stats.images} inputs")
+    report = _api_report(base, surgery, ranking, images[:1], notes=notes)
+    take_modes(surgery.net, net)
+    return PruneResult(net=surgery.net.to(home_of(net)), plan=surgery.plan, ranking=ranking, report=report)
 
 
 def as_batches(calibration: Tensor | Iterable[Batch], batch_size: int) -> Iterable[Batch]:
@@ -329,7 +341,7 @@ def limited(batches: Iterable[Batch], images: int) -> Iterator[Tensor]:
 
 
 def _api_report(
-    base: nn.Module, surgery: Surgery, ranking: Ranking, example: Tensor, *, calibrated: int
+    base: nn.Module, surgery: Surgery, ranking: Ranking, example: Tensor, *, notes: Sequence[str]
 ) -> Report:
     missing = dict.fromkeys(("split", "n", "top1", "top5", "loss"), "no evaluation data in this call")
     missing |= dict.fromkeys(("bytes", "latency_ms", "latency"), "not exported: see sepress.export_onnx")
@@ -349,7 +361,5 @@ def _api_report(
         artifacts=dict.fromkeys(("model", "onnx", "plan", "report")),
         environment=environment(),
         criterion=ranking.criterion,
-        notes=tuple(
-            itertools.chain(ranking.warnings, surgery.plan.notes, [f"calibrated on {calibrated} inputs"])
-        ),
+        notes=(*ranking.warnings, *surgery.plan.notes, *notes),
     )

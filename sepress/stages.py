@@ -25,7 +25,8 @@ from sepress.calibrate import ExcitationStats, calibrate
 from sepress.compare import Comparison, Point, Table, compare, read_method, split_policy
 from sepress.constraints import evaluate as hold
 from sepress.constraints import parse_constraint
-from sepress.coupling import Coupling
+from sepress.costs import LatencyTable, as_table, predictor
+from sepress.coupling import Coupling, trace
 from sepress.cutting import cut, cut_in_steps, cut_within, judge, on_validation
 from sepress.data import DataSource
 from sepress.data.transforms import to_levels
@@ -51,12 +52,14 @@ from sepress.job import (
 from sepress.models import build_net
 from sepress.parity import check_onnx_parity
 from sepress.plan import check_plan, plan_from_json, plan_pruning, plan_to_json
+from sepress.profile import profile_latency, table_for
 from sepress.pruning import CHECK_IMAGES, group_rows
 from sepress.recipe import EvaluateStage, Recipe, TrainStage, check_inputs, effective_yaml, recipe_digest
 from sepress.report import report_to_json, report_to_markdown
 from sepress.runfolder import RunFolder, StageRecord
 from sepress.runtime import measure_onnx_latency
 from sepress.schedule import TrainConfig
+from sepress.steps import Judged
 from sepress.summary import build_report
 from sepress.train import (
     Decisions,
@@ -138,6 +141,7 @@ def prune_stage(job: Job, settings: Any) -> StageRecord:
     parent = job.newest
     coupling = job.coupling()
     given = None if settings.plan is None else _read_plan(Path(settings.plan), coupling)
+    table = _given_table(settings, coupling)
     criterion = settings.criterion if given is None else "mean-excitation"  # a plan was judged before
     judged = judge(
         job, parent.net, coupling, criterion, settings.calibration_images, compensate=settings.compensate
@@ -145,12 +149,15 @@ def prune_stage(job: Job, settings: Any) -> StageRecord:
     if given is not None:
         known = replace(judged.ranking, criterion=given.criterion, scores={}, evidence=given.evidence)
         judged = replace(judged, ranking=known)
+    aimed: tuple[str, ...] = ()
+    if given is None:
+        table, aimed = _table_for(job, settings, judged, table)
     if settings.within is not None:
-        surgery = cut_within(job, settings, judged)
+        surgery = cut_within(job, settings, judged, table=table)
     elif settings.steps > 1:
         surgery = cut_in_steps(job, settings, judged)
     else:
-        surgery = cut(job, settings, judged, given or policy_of(settings))
+        surgery = cut(job, settings, judged, given or policy_of(settings), table=table)
     ranking, stats, images = judged.ranking, judged.stats, settings.recalibration_images
     plan = plan_to_json(surgery.plan)
     write_json(job.folder.file("plan.json"), plan)
@@ -164,6 +171,7 @@ def prune_stage(job: Job, settings: Any) -> StageRecord:
         "notes": [
             *ranking.warnings,
             *surgery.plan.notes,
+            *aimed,
             f"calibrated on {stats.images} images from train, batch norm recalibrated on up to {images}",
         ],
     }
@@ -171,6 +179,9 @@ def prune_stage(job: Job, settings: Any) -> StageRecord:
     if given is None:
         write_json(job.folder.file("ranking.json"), _ranking_json(job, ranking))
         files["ranking"] = "ranking.json"
+    if table is not None:  # to plan by again: what is timed is never the same twice
+        write_json(job.folder.file("latency.json"), table.to_json())
+        files["latency_table"] = "latency.json"
     return StageRecord("prune", files, facts)
 
 
@@ -337,6 +348,23 @@ def inspect_model(recipe: Recipe) -> Inspection:
     return inspect_bundle(load_base(recipe, weights="none"))
 
 
+def profile_model(recipe: Recipe, *, batch: int, threads: int, out: Path) -> LatencyTable:
+    """Time the layers of the recipe's model at many widths, and write the table to `out`.
+
+    Weights of a name are never fetched: latency needs none.
+    """
+    if out.exists():
+        raise InputError(f"{out}: it exists already", remedy="Choose another name.")
+    bundle = load_base(recipe, weights="none")
+    image = torch.zeros(1, *bundle.spec.preprocessing.input_size)
+    with seeded(recipe.seed):
+        coupling = trace(bundle.net, image)
+        example = image.expand(batch, *image.shape[1:]).contiguous()
+        table = profile_latency(bundle.net, coupling, example, threads=threads, seed=recipe.seed)
+    write_json(out, table.to_json())
+    return table
+
+
 def compare_model(
     recipe: Recipe,
     *,
@@ -391,7 +419,10 @@ def compare_model(
 
 
 # of a prune stage, what a comparison would pass over
-_OF_METHODS = {"criterion", "compensate", "plan", "within", "steps", "step_epochs", "allow_vacuous"}
+_OF_METHODS = {
+    "criterion", "compensate", "plan", "target_latency", "latency_table", "within", "steps", "step_epochs",
+    "allow_vacuous",
+}  # fmt: skip
 
 
 def _with_model(recipe: Recipe, source: str) -> Recipe:
@@ -455,8 +486,12 @@ def _check_plannable(recipe: Recipe) -> None:
 def _dry_run(job: Job) -> Outcome:
     settings = next(stage for stage in job.recipe.stages if stage.kind == "prune")
     coupling = job.coupling()
+    table = _given_table(settings, coupling)
     judged = judge(job, job.newest.net, coupling, settings.criterion, settings.calibration_images)
-    plan = plan_pruning(judged.ranking, coupling, policy=policy_of(settings))
+    table, aimed = _table_for(job, settings, judged, table)
+    latency = predictor(coupling, table)
+    plan = plan_pruning(judged.ranking, coupling, policy=policy_of(settings), latency=latency)
+    plan = replace(plan, notes=(*plan.notes, *aimed))
     if not job.spec.trained:
         plan = replace(plan, notes=("UNTRAINED: the net has random weights", *plan.notes))
     write_json(job.folder.file("plan.json"), plan_to_json(plan))
@@ -617,6 +652,21 @@ def _read_plan(path: Path, coupling: Coupling) -> PruningPlan:
     plan = plan_from_json(value)
     check_plan(plan, coupling)
     return plan
+
+
+def _given_table(settings: Any, coupling: Coupling) -> LatencyTable | None:
+    """The latency table that a prune stage names, held to the net before anything is measured for it."""
+    table = as_table(settings.latency_table)
+    if table is not None:
+        table.check(coupling)
+    return table
+
+
+def _table_for(
+    job: Job, settings: Any, judged: Judged, given: LatencyTable | None
+) -> tuple[LatencyTable | None, tuple[str, ...]]:
+    policy, image = policy_of(settings), job.images(1)
+    return table_for(judged.net, judged.coupling, judged.ranking, policy, image, given=given)
 
 
 def _default_folder(recipe: Recipe) -> Path:

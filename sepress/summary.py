@@ -25,6 +25,7 @@ def build_report(job: Job) -> Report:
         "onnx_fp16": job.artifact("onnx_fp16"),
         "onnx_int8": job.artifact("onnx_int8"),
         "plan": job.artifact("plan"),
+        "latency_table": job.artifact("latency_table"),
         "ranking": job.artifact("ranking"),
         "base_onnx": job.artifact("base_onnx"),
         "image_onnx": job.artifact("image_onnx"),

@@ -105,7 +105,7 @@ def test_a_base_is_the_run_of_the_plain_recipe(tiny: Path) -> None:
         ("nets.0.name=plain-0", "nets.0.name"),
         ("nets.0.name=mobile", "two nets have one name"),
         ("compare.0.methods=[magic]", "unknown criterion 'magic'"),
-        ("compare.0.ratio=[0.3]", "exactly one of ratio, target_macs, target_params is needed"),
+        ("compare.0.ratio=[0.3]", "exactly one of target_macs, target_params, ratio is needed"),
         ("compare.0.target_macs=[1.5]", "should be less than 1"),
         ("compare.0.name=long", "a fine-tune of its own and a name"),
         ("compare.1.nets=[other]", "no net is named other; there are: plain, mobile"),

@@ -98,6 +98,12 @@ class Stages:
         self.recipes.append(recipe)
         return SimpleNamespace(to_json=lambda: {"gates": []}, render=lambda: "2 gates")
 
+    def profile_model(self, recipe: Recipe, **arguments: Any) -> Any:
+        self.recipes.append(recipe)
+        self.arguments = arguments
+        validation = {"base_ms": 2.0, "measured": [0.5], "median_error": 0.02, "worst_error": 0.04}
+        return SimpleNamespace(to_json=lambda: {"layers": {}}, fixed=[1.0], validation=validation)
+
     def compare_model(self, recipe: Recipe, **arguments: Any) -> Any:
         self.recipes.append(recipe)
         return self._table(arguments)
@@ -128,6 +134,7 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stages:
         "model-pruned/pruned.pt",
         "s0.pt",
         "photos/a.png",
+        "table.json",
     ):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
@@ -139,7 +146,7 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stages:
     (run / "report.json").write_text(json.dumps(report_to_json(REPORT, relative_to=run)))
     fake = Stages()
     module = ModuleType("sepress.stages")
-    for name in ("run_recipe", "describe_run", "inspect_model", "compare_model"):
+    for name in ("run_recipe", "describe_run", "inspect_model", "compare_model", "profile_model"):
         setattr(module, name, getattr(fake, name))
     monkeypatch.setitem(sys.modules, "sepress.stages", module)
     monkeypatch.setattr(sepress, "stages", module, raising=False)
@@ -360,7 +367,7 @@ def test_defaults_in_the_help_are_the_recipes() -> None:
         ("prune gone.pt --ratio 0.3", "there is no model file gone.pt"),
         ("prune seresnet50 --ratio 0.3", "timm:seresnet50"),
         ("prune timm:seresnet50 --ratio 0.3", "Pass --data"),
-        ("prune model.pt", "--target-params, --within, --plan: exactly one of"),
+        ("prune model.pt", "--target-params, --target-latency, --within, --plan: exactly one of"),
         ("prune model.pt --ratio 0.3 --target-macs 0.5", "given: ratio and target_macs"),
         ("prune model.pt --ratio 3", "--ratio: should be less than 1, not 3.0"),
         ("prune model.pt --ratio nan", "--ratio: should be a finite number"),

@@ -803,7 +803,7 @@ def some_json() -> dict[str, object]:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("schema",), "sepress.plan/2", "expected 'sepress.plan/1'"),
+        (("schema",), "sepress.plan/1", "expected 'sepress.plan/2'"),
         (("colour",), 1, "unknown key 'colour'"),
         (("macs_after",), 1.5, "macs_after is '1.5'"),
         (("macs_after",), -1, "macs_after is '-1'"),

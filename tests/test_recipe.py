@@ -271,7 +271,8 @@ require: [top1<=2, top1_drop<=0.01]
         "  mine.yaml:5: data.batch_size: should be greater than or equal to 2, not 0",
         "  mine.yaml:5: data.pth: unknown key (did you mean 'path'?)",
         "  mine.yaml:7: stages.0.train.epoch: unknown key (did you mean 'epochs'?)",
-        "  mine.yaml:8: stages.1.prune: exactly one of ratio, target_macs, target_params, within is needed",
+        "  mine.yaml:8: stages.1.prune: exactly one of ratio, target_macs, target_params, "
+        "target_latency, within is needed",
         "  mine.yaml:9: stages.2: unknown stage 'evaluat' (did you mean 'evaluate'?)",
         "  mine.yaml:10: stages.3.export.opset: should be greater than or equal to 18, not 3",
         "  mine.yaml:11: require.0: top1 is a fraction between 0 and 1, and 2 lies outside",

@@ -28,7 +28,12 @@ from sepress.schedule import TrainConfig
 from sepress.types import JSON, Policy, Target
 
 SCHEMA = "sepress.compare/2"
-_WORDS: dict[Target, str] = {"ratio": "ratio", "target_macs": "MACs", "target_params": "params"}
+_WORDS: dict[Target, str] = {
+    "ratio": "ratio",
+    "target_macs": "MACs",
+    "target_params": "params",
+    "target_latency": "latency",
+}
 
 
 class Point(NamedTuple):
@@ -49,7 +54,9 @@ class Point(NamedTuple):
 def split_policy(policy: Policy) -> tuple[Point, Policy]:
     """A policy's operating point, and what is left of it without one."""
     ((target, value),) = policy.targets.items()
-    return Point(target, value), replace(policy, ratio=None, target_macs=None, target_params=None)
+    return Point(target, value), replace(
+        policy, ratio=None, target_macs=None, target_params=None, target_latency=None
+    )
 
 
 @dataclass(frozen=True)

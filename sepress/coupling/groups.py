@@ -16,7 +16,7 @@ from torch import nn
 
 from sepress.coupling.slots import FIRST_SLOT, NONE, PADDING, owner_of
 from sepress.coupling.tags import TaggedInt
-from sepress.coupling.trace import Inputs, Operation, Product, Tracer, run_tracer, traceable
+from sepress.coupling.trace import Inputs, LayerKind, Operation, Product, Tracer, run_tracer, traceable
 from sepress.errors import InputError
 from sepress.types import CouplingGroup, Gate, Member, Reader, Removed, Role
 
@@ -47,8 +47,17 @@ class CostTable:
 
     def total(self, units_removed: np.ndarray) -> int:
         """Return the sum over products when the units marked in a 0/1 vector are gone."""
-        lengths = self.lengths - self.units_on_axis @ units_removed
-        return int((self.constants * lengths[self.axes].prod(axis=1)).sum())
+        return int((self.constants * self.lengths_left(units_removed).prod(axis=1)).sum())
+
+    def lengths_left(self, units_removed: np.ndarray) -> np.ndarray:
+        """Return the lengths of every product's axes, (products, most axes), with those units gone."""
+        left: np.ndarray = (self.lengths - self.units_on_axis @ units_removed)[self.axes]
+        return left
+
+    def shrinking(self) -> np.ndarray:
+        """Return which of those axes hold units at all, (products, most axes) bool."""
+        held: np.ndarray = (np.diff(self.units_on_axis.indptr) > 0)[self.axes]
+        return held
 
 
 def _cost_table(products: Sequence[Product], unit_of_slot: np.ndarray, units: int) -> CostTable:
@@ -78,6 +87,27 @@ def _cost_table(products: Sequence[Product], unit_of_slot: np.ndarray, units: in
 
 
 @dataclass(frozen=True, eq=False)
+class Layers:
+    """The convolutions and matrix products of one forward of one image, an array entry each.
+
+    A convolution's lengths are those of its weight (out, in / groups, kernel...), its `positions` those of
+    its output; a matrix product's are (rows, inner, columns), with one position. Axes of length 1 are left
+    out; padded with ones.
+    """
+
+    positions: np.ndarray  # (layers,) int: what the product of the lengths is multiplied by
+    lengths: np.ndarray  # (layers, most axes) int
+    shrinking: np.ndarray  # (layers, most axes) bool: pruning can shorten the axis
+    kinds: tuple[LayerKind, ...]
+
+    @property
+    def macs(self) -> np.ndarray:
+        """Multiply-accumulates, (layers,)."""
+        result: np.ndarray = self.positions * self.lengths.prod(axis=1)
+        return result
+
+
+@dataclass(frozen=True, eq=False)
 class Coupling:
     """What one trace says about a net: plain values and numpy, no reference to the net."""
 
@@ -90,6 +120,7 @@ class Coupling:
     _unit_of_slot: np.ndarray = field(repr=False)  # number among the units of all groups, -1: none
     _macs: CostTable = field(repr=False)
     _params: CostTable = field(repr=False)
+    _kinds: tuple[LayerKind, ...] = field(repr=False)  # of the products of _macs
     _sizes: tuple[SizeUse, ...] = field(repr=False)
     _operations: tuple[Operation, ...] = field(repr=False)
 
@@ -114,6 +145,15 @@ class Coupling:
     def count_params(self, removed: Removed) -> int:
         """Return the number of parameters with those units gone; tied ones count once."""
         return self._params.total(self._removed_units(removed))
+
+    def layers(self, removed: Removed) -> Layers:
+        """Return the shape of every layer that multiplies, in order of execution, with those units gone."""
+        return Layers(
+            positions=self._macs.constants,
+            lengths=self._macs.lengths_left(self._removed_units(removed)),
+            shrinking=self._macs.shrinking(),
+            kinds=self._kinds,
+        )
 
     def with_frozen(self, reasons: Mapping[str, str]) -> Coupling:
         """Return this coupling with more groups frozen: name -> why."""
@@ -371,6 +411,7 @@ class _Builder:
             _unit_of_slot=unit_of_slot,
             _macs=_cost_table(self.t.products, unit_of_slot, units),
             _params=_cost_table(self.parameter_products(), unit_of_slot, units),
+            _kinds=tuple(product.kind for product in self.t.products),
             _sizes=self.sizes(),
             _operations=tuple(self.t.operations),
         )

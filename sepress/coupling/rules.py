@@ -30,7 +30,7 @@ from sepress.coupling.shadows import (
 from sepress.coupling.slots import NONE, PADDING, names
 
 if TYPE_CHECKING:
-    from sepress.coupling.trace import Tracer
+    from sepress.coupling.trace import LayerKind, Tracer
 
 
 @dataclass
@@ -147,8 +147,11 @@ def convolution(t: Tracer, op: Op) -> None:
     ids, output = t.ids(x), op.outputs[0]
     out_axis, in_axis = (1, 0) if transposed else (0, 1)
     positions = x.size(0) * (x if transposed else output).shape[2:].numel()  # windows may lie in the batch
-    t.count_macs(positions, *(t.axis_ids(weight, axis) for axis in range(weight.dim())))
     depthwise = groups > 1 and groups == x.size(1) and weight.size(1) == 1
+    kind: LayerKind = "pointwise" if weight[0, 0].numel() == 1 else "spatial"
+    if groups > 1:
+        kind = "depthwise" if depthwise else "grouped"
+    t.count_macs(positions, *(t.axis_ids(weight, axis) for axis in range(weight.dim())), kind=kind)
     if depthwise:
         out_axis = 0
     made = t.slots_along(weight, out_axis) if t.is_parametric(weight) else None

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -111,12 +111,17 @@ class ReadBy:
     mark: Mark | None
 
 
+# Convolutions by their kernel and groups, and matrix products.
+LayerKind = Literal["pointwise", "spatial", "grouped", "depthwise", "linear"]
+
+
 @dataclass(frozen=True, eq=False)
 class Product:
     """A term of the MACs: a constant times the surviving lengths of axes."""
 
     constant: int
     axes: tuple[np.ndarray, ...]
+    kind: LayerKind = "linear"
 
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -305,10 +310,11 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if slots is not None:
                 self.freeze(slots, why)
 
-    def count_macs(self, constant: int, *lengths: np.ndarray | int) -> None:
+    def count_macs(self, constant: int, *lengths: np.ndarray | int, kind: LayerKind = "linear") -> None:
         for length in lengths:
             constant *= length if isinstance(length, int) else 1
-        self.products.append(Product(constant, tuple(x for x in lengths if not isinstance(x, int))))
+        axes = tuple(x for x in lengths if not isinstance(x, int))
+        self.products.append(Product(constant, axes, kind))
 
     def add_producer(self, op: Op, slots: np.ndarray) -> None:
         self.producers.append(MadeBy(slots, self.gates.marks.get(_data_of(op))))

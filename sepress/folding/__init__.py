@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sepress.coupling import trace
-from sepress.device import resolve_device, seeded
+from sepress.device import home_of, resolve_device, seeded
 from sepress.folding.constants import Loss
 from sepress.folding.search import FoldResult, GateOutcome, fold_gates
 from sepress.pruning import CHECK_IMAGES, Batch, as_batches, first_images
@@ -49,7 +49,7 @@ def fold(
     (3, True, True)
     """
     batches = as_batches(calibration, batch_size)
-    home = next((p.device for p in net.parameters()), torch.device("cpu"))
+    home = home_of(net)
     place = resolve_device(device)
     with seeded(seed):
         base = copy.deepcopy(net).to(place).eval()

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from sepress.device import home_of
 from sepress.errors import InputError
 from sepress.types import Replacement, ReplacementKind
 
@@ -83,7 +84,7 @@ def apply_replacements(net: nn.Module, replacements: Iterable[Replacement], *, w
     The new ones lie on the device of the net's parameters, the meta device for an outline. Raises InputError
     for what can't have been written by us.
     """
-    device = next((p.device for p in net.parameters()), torch.device("cpu"))
+    device = home_of(net)
     for new in replacements:
         if not _is_plain(new):
             raise InputError(f"{where}: its header puts a module of shape {new.shape} at '{new.module}'")

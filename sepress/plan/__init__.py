@@ -11,14 +11,16 @@ prefix of it, so that a larger ratio removes whatever a smaller one does:
 - isomorphic scope (Fang et al., Isomorphic Pruning, ECCV 2024, arXiv 2407.04616): groups of the same
   structure compete as under the global scope, and every class of them loses the same share;
 - knapsack scope (Aflalo et al., Knapsack Pruning, arXiv 2002.08258): a step comes by the loss predicted for
-  each MAC (parameter, channel) that it saves, for rankings whose costs can be compared over groups.
+  what it saves, for rankings whose costs can be compared over groups: for a target in MACs or parameters, its
+  share of these and of the predicted latency together, so that of plans that meet the target a fast one is
+  taken; for a target in latency its share of that; for a ratio channels.
 
 Scopes over groups take at most 85 % of any one.
 
 A ratio takes the prefix that rounds every group to its nearest width, moved along the schedule
 until the total is within one step of the largest group; where a step of wide units jumps over that, smaller
-steps are given back, or taken in its place. A target in MACs or parameters takes the first prefix at or
-below it, then gives back what fits, at most one step a group: at or below the target, as near as the
+steps are given back, or taken in its place. A target in MACs, parameters or latency takes the first prefix
+at or below it, then gives back what fits, at most one step a group: at or below the target, as near as the
 steps allow. Of two units with equal scores the lower index goes first.
 """
 
@@ -26,12 +28,13 @@ from __future__ import annotations
 
 from sepress.plan.files import SCHEMA, plan_from_json, plan_to_json
 from sepress.plan.planning import PlanRow, check_plan, format_plan, plan_pruning, smallest_macs
-from sepress.plan.policy import GLOBAL_LIMIT, SCOPES, Countable, check_policy
+from sepress.plan.policy import GLOBAL_LIMIT, SCOPES, Count, Countable, check_policy
 
 __all__ = [
     "GLOBAL_LIMIT",
     "SCHEMA",
     "SCOPES",
+    "Count",
     "Countable",
     "PlanRow",
     "check_plan",

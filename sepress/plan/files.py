@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -9,7 +10,7 @@ from sepress.errors import InputError
 from sepress.plan.policy import check_policy
 from sepress.types import JSON, TARGETS, Policy, PruningPlan
 
-SCHEMA = "sepress.plan/1"
+SCHEMA = "sepress.plan/2"
 
 _MAX_ITEMS = 1_000_000  # in any list of a plan file
 _MAX_TEXT = 10_000  # characters in any string of a plan file
@@ -17,7 +18,7 @@ _MAX_INT = 2**53 - 1  # what JSON readers agree on
 
 
 def plan_to_json(plan: PruningPlan) -> dict[str, JSON]:
-    """The plan as JSON values, schema 'sepress.plan/1'."""
+    """The plan as JSON values, schema 'sepress.plan/2'."""
     policy = plan.policy
     return {
         "schema": SCHEMA,
@@ -28,6 +29,7 @@ def plan_to_json(plan: PruningPlan) -> dict[str, JSON]:
             "overrides": dict(policy.overrides),
         },
         **{name: getattr(plan, name) for name in _COUNTS},
+        "latency_ratio": plan.latency_ratio,
         "groups": [
             {
                 "name": name,
@@ -50,7 +52,9 @@ def plan_from_json(value: JSON) -> PruningPlan:
     if not isinstance(value, dict) or value.get("schema") != SCHEMA:
         found = value.get("schema") if isinstance(value, dict) else type(value).__name__
         raise InputError(f"This is no plan: schema is {str(found)[:80]!r}; expected {SCHEMA!r}.")
-    plan = _fields(value, "plan", ("schema", "criterion", "policy", *_COUNTS, "groups", "notes"))
+    plan = _fields(
+        value, "plan", ("schema", "criterion", "policy", *_COUNTS, "latency_ratio", "groups", "notes")
+    )
     policy = _policy(plan["policy"])
     before: dict[str, int] = {}
     after: dict[str, int] = {}
@@ -83,6 +87,7 @@ def plan_from_json(value: JSON) -> PruningPlan:
         evidence=evidence,
         notes=tuple(_text(note, f"notes[{i}]") for i, note in enumerate(_list(plan["notes"], "notes"))),
         **{name: _int(plan[name], name, 0, _MAX_INT) for name in _COUNTS},
+        latency_ratio=_ratio(plan["latency_ratio"], "latency_ratio"),
     )
 
 
@@ -139,6 +144,12 @@ def _int(value: JSON, where: str, low: int, high: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise _expected(where, f"a whole number from {low} to {high}", value)
     return value
+
+
+def _ratio(value: JSON, where: str) -> float | None:
+    if value is None or (isinstance(value, float) and 0 <= value < math.inf):
+        return value
+    raise _expected(where, "a ratio, or null", value)
 
 
 def _units(value: JSON, where: str, width: int) -> tuple[int, ...]:

@@ -10,30 +10,41 @@ from sepress.errors import InputError
 from sepress.plan.cuts import cut_to_ratio, cut_to_size
 from sepress.plan.ladders import Ladder, build_ladder, removal
 from sepress.plan.notes import ladder_notes, ratio_note, why_nothing
-from sepress.plan.policy import GLOBAL_LIMIT, Countable, candidates, check_policy, own_ratios
+from sepress.plan.policy import GLOBAL_LIMIT, Count, Countable, candidates, check_policy, own_ratios
 from sepress.plan.schedules import build_schedule
 from sepress.plan.words import listed, nearest
 from sepress.types import Policy, PruningPlan, Ranking
 
 
-def plan_pruning(ranking: Ranking, coupling: Countable, *, policy: Policy) -> PruningPlan:
+def plan_pruning(
+    ranking: Ranking, coupling: Countable, *, policy: Policy, latency: Count | None = None
+) -> PruningPlan:
     """Choose the units that go.
 
-    The ratio is the fraction of prunable channels removed: of all groups that neither the engine nor
-    the policy freezes and that have no ratio of their own in `policy.overrides`. Raises InputError for
-    a policy that can't be met (saying what is reachable), a pattern that matches nothing, a ranking of
-    another net, a ranking without costs under the knapsack scope, and a plan that would remove nothing.
+    `latency` predicts the time of a net with units removed, in ns (see costs.py): what target_latency is met
+    by, and what the knapsack weighs beside MACs or parameters. The ratio is the fraction of prunable channels
+    removed: of all groups that neither the engine nor the policy freezes and that have no ratio of their own
+    in `policy.overrides`. Raises InputError for a policy that can't be met (saying what is reachable), a
+    pattern that matches nothing, a ranking of another net, a ranking without costs under the knapsack scope,
+    and a plan that would remove nothing.
     """
     asked, policy = policy, resolve_scope(policy, ranking, coupling)
     own, fixed, free, notes = _ladders(ranking, coupling, policy)
     if asked.scope == "auto" and policy.scope == "per-group" and policy.ratio is None and ranking.costs:
         unknown = listed(ladder.group for ladder in free if ladder.name not in ranking.costs)
         notes.append(f"Widths by group and not by knapsack: what removal costs is not known of {unknown}.")
-    schedule = build_schedule(free, ranking, coupling, policy)
+    schedule = build_schedule(free, ranking, coupling, policy, latency)
     if policy.ratio is not None:
         removed = {**fixed, **cut_to_ratio(free, schedule, policy)}
     elif policy.target_macs is not None:
         removed = cut_to_size(free, schedule, fixed, coupling.count_macs, policy.target_macs, "MACs")
+    elif policy.target_latency is not None:
+        if latency is None:
+            raise InputError(
+                "a latency can't be planned for: nothing predicts it",
+                remedy="Pass a latency table, or a target in MACs.",
+            )
+        removed = cut_to_size(free, schedule, fixed, latency, policy.target_latency, "predicted latency (ns)")
     else:
         target = cast(float, policy.target_params)  # check_policy: exactly one target is set
         removed = cut_to_size(free, schedule, fixed, coupling.count_params, target, "parameters")
@@ -58,6 +69,7 @@ def plan_pruning(ranking: Ranking, coupling: Countable, *, policy: Policy) -> Pr
         macs_after=coupling.count_macs(removed),
         params_before=coupling.count_params({}),
         params_after=coupling.count_params(removed),
+        latency_ratio=None if latency is None else latency(removed) / latency({}),
         notes=(*ratio_note(free, removed, policy), *notes, *ladder_notes([*own, *free], removed, policy)),
     )
 

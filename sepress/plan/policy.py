@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from typing import Protocol, get_args
@@ -15,6 +15,9 @@ from sepress.types import TARGETS, CouplingGroup, Policy, Removed, Scope
 SCOPES: tuple[str, ...] = get_args(Scope)
 GLOBAL_LIMIT = Fraction(85, 100)  # of a group; a scope over groups left alone guts single layers
 LIMIT_TEXT = f"{float(GLOBAL_LIMIT):.0%}"
+
+
+Count = Callable[[Removed], int]
 
 
 class Countable(Protocol):

@@ -9,7 +9,7 @@ from itertools import accumulate, pairwise
 
 from sepress.errors import InputError
 from sepress.plan.ladders import Ladder
-from sepress.plan.policy import Countable
+from sepress.plan.policy import Count, Countable
 from sepress.plan.structure import classes
 from sepress.types import Policy, Ranking
 
@@ -18,7 +18,11 @@ Keys = Sequence[Sequence[Key]]  # of every ladder, one a step, never falling alo
 
 
 def build_schedule(
-    ladders: Sequence[Ladder], ranking: Ranking, coupling: Countable, policy: Policy
+    ladders: Sequence[Ladder],
+    ranking: Ranking,
+    coupling: Countable,
+    policy: Policy,
+    latency: Count | None = None,
 ) -> list[int]:
     """The order of all steps: each entry lets that ladder (by position) take its next step.
 
@@ -32,7 +36,8 @@ def build_schedule(
     elif policy.scope == "isomorphic":
         keys = _isomorphic(ladders, coupling)
     else:
-        keys = [[(price,) for price in _prices(ladder, ranking, coupling, policy)] for ladder in ladders]
+        counts = _counts(coupling, policy, latency)
+        keys = [[(price,) for price in _prices(ladder, ranking, counts)] for ladder in ladders]
     return _in_order(keys, range(len(ladders)))
 
 
@@ -61,7 +66,20 @@ def _isomorphic(ladders: Sequence[Ladder], coupling: Countable) -> Keys:
     return keys
 
 
-def _prices(ladder: Ladder, ranking: Ranking, coupling: Countable, policy: Policy) -> list[float]:
+def _counts(coupling: Countable, policy: Policy, latency: Count | None) -> list[Count]:
+    """What a step can save, each as good as another: of the target's own size, and of time."""
+    size: dict[str, Count | None] = {
+        "target_macs": coupling.count_macs,
+        "target_params": coupling.count_params,
+        "target_latency": latency,
+    }
+    (target,) = policy.targets
+    if target == "ratio":
+        return []
+    return list(dict.fromkeys(count for count in (size[target], latency) if count is not None))
+
+
+def _prices(ladder: Ladder, ranking: Ranking, counts: Sequence[Count]) -> list[float]:
     """The predicted loss of each step for what it saves, on the lower convex hull of the ladder's rungs.
 
     The order by price is the Lagrangian relaxation of the multiple-choice knapsack, one rung a group
@@ -69,9 +87,9 @@ def _prices(ladder: Ladder, ranking: Ranking, coupling: Countable, policy: Polic
     long as savings add up. They are counted with the other groups at full width. Steps between two corners
     share a price.
     """
-    losses, saved = _losses(ladder, ranking), _saved(ladder, coupling, policy)
+    losses, saved = _losses(ladder, ranking), _saved(ladder, counts)
     steps = zip(pairwise(losses), pairwise(saved), strict=True)
-    hull: list[tuple[float, int, int]] = []  # loss, saving and steps of each segment, prices rising
+    hull: list[tuple[float, float, int]] = []  # loss, saving and steps of each segment, prices rising
     for (before, after), (less, more) in steps:
         segment = after - before, more - less, 1
         while hull and _price(*hull[-1]) >= _price(*segment):
@@ -81,17 +99,20 @@ def _prices(ladder: Ladder, ranking: Ranking, coupling: Countable, policy: Polic
     return [_price(*segment) for segment in hull for _ in range(segment[2])]
 
 
-def _price(loss: float, saving: int, _: int) -> float:
+def _price(loss: float, saving: float, _: int) -> float:
     return loss / saving if saving else math.inf
 
 
-def _saved(ladder: Ladder, coupling: Countable, policy: Policy) -> list[int]:
-    """What each rung saves of what the policy's target counts, all else at full width."""
-    if policy.ratio is not None:
-        return list(accumulate(ladder.sizes(), initial=0))
-    count = coupling.count_macs if policy.target_macs is not None else coupling.count_params
-    base = count({})
-    return [base - count({ladder.name: ladder.removed(step)}) for step in range(len(ladder.rungs))]
+def _saved(ladder: Ladder, counts: Sequence[Count]) -> list[float]:
+    """What each rung saves, all else at full width: the sum of its shares of the counts, or channels."""
+    if not counts:
+        return [float(gone) for gone in accumulate(ladder.sizes(), initial=0)]
+    removals = [{ladder.name: ladder.removed(step)} for step in range(len(ladder.rungs))]
+    wholes = [count({}) for count in counts]
+    return [
+        sum(1 - count(removed) / whole for count, whole in zip(counts, wholes, strict=True))
+        for removed in removals
+    ]
 
 
 def _losses(ladder: Ladder, ranking: Ranking) -> list[float]:

@@ -507,6 +507,7 @@ _FILES = {
     "image_onnx": "ONNX with preprocessing inside",
     "example": "example program",
     "plan": "pruning plan",
+    "latency_table": "latency table",
     "report": "report (JSON)",
     "report_md": "report (Markdown)",
 }
