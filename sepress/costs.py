@@ -2,13 +2,17 @@
 
 A layer's time is a constant, a part for each channel of each axis that pruning can shorten, and a part for
 the product of these: what a convolution with its norm, activation and data movement takes on a runtime that
-lays channels out in blocks. Widths count in whole blocks, since the runtime fills the last one with zeros.
+lays channels out in blocks. Widths count in whole blocks, since the runtime fills the last one with zeros. A
+grouped convolution's count as they are, and it takes longer by a part for each channel unless each of its
+groups is whole blocks: ONNX Runtime then has a way without copies, at which 16 channels a group are faster
+than 12 (NchwcTransformer::TransformConv).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -21,15 +25,15 @@ from sepress.errors import InputError
 from sepress.types import JSON, Removed
 
 SCHEMA = "sepress.latency-table/1"
-_COEFFICIENTS = ("block", "fixed", "per_channel", "per_product")
+_COEFFICIENTS = ("block", "fixed", "per_channel", "per_product", "per_ragged")
 
 
 @dataclass(frozen=True, eq=False)
 class LatencyTable:
     """The times of one net's layers on one runtime and machine; predicts the net's with units removed.
 
-    `fixed`, `per_channel` and `per_product` are nanoseconds, (layers,), (layers, axes) and (layers,), in the
-    order of Coupling.layers; `overhead` is what a call takes beside its layers.
+    `fixed`, `per_channel`, `per_product` and `per_ragged` are nanoseconds, (layers,) but per_channel (layers,
+    axes), in the order of Coupling.layers; `overhead` is what a call takes beside its layers.
     """
 
     net: str  # digest of the layers' full shapes: a table is of one net
@@ -38,6 +42,7 @@ class LatencyTable:
     fixed: np.ndarray
     per_channel: np.ndarray
     per_product: np.ndarray
+    per_ragged: np.ndarray
     conditions: Mapping[str, JSON]  # runtime, provider, threads, batch, input shape, machine
     validation: Mapping[str, JSON]  # whole nets that it had not seen: predicted and measured ratios
 
@@ -49,7 +54,7 @@ class LatencyTable:
         """The time of each layer, (layers,)."""
         x = features(layers, self.block)
         channels: np.ndarray = (self.per_channel * x.channels).sum(axis=1)
-        taken: np.ndarray = self.fixed + channels + self.per_product * x.product
+        taken: np.ndarray = self.fixed + channels + self.per_product * x.product + self.per_ragged * x.ragged
         return taken
 
     def check(self, coupling: Coupling) -> None:
@@ -73,19 +78,26 @@ class LatencyTable:
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """Widths in whole blocks: of each axis that can shrink, and the product of these."""
+    """Widths, in whole blocks but for grouped convolutions, that a layer's time is a function of."""
 
     channels: np.ndarray  # (layers, axes) float, 0 where an axis can't shrink
-    product: np.ndarray  # (layers,) float, 0 where fewer than two axes can
+    product: np.ndarray  # (layers,) float: of all that can, 0 where fewer than two
+    ragged: np.ndarray  # (layers,) float: channels of a grouped convolution whose groups are not whole blocks
 
 
 def features(layers: Layers, block: np.ndarray) -> Features:
     """What a layer's time is a function of; `block` is (layers,)."""
-    block = block[:, None]
-    blocks = np.ceil(layers.lengths / block) * block
+    grouped = np.array([kind == "grouped" for kind in layers.kinds])
+    unit = np.where(grouped, 1, block)[:, None]
+    blocks = np.ceil(layers.lengths / unit) * unit
     channels = np.where(layers.shrinking, blocks, 0.0)
     product = np.where(layers.shrinking, blocks, 1.0).prod(axis=1)
-    return Features(channels, np.where(layers.shrinking.sum(axis=1) > 1, product, 0.0))
+    product = np.where(layers.shrinking.sum(axis=1) > 1, product, 0.0)
+    sides = np.stack(
+        [layers.lengths[:, 0] // layers.groups, layers.lengths[:, 1:2].sum(axis=1)]
+    )  # of a group
+    ragged = grouped & (sides % block > 0).any(axis=0)
+    return Features(channels, product, np.where(ragged, channels[:, 0], 0.0))
 
 
 def layers_digest(coupling: Coupling) -> str:
@@ -114,17 +126,18 @@ class _Price:
     layer: float
     element: float
     mac: float
+    ragged: float = 0.0  # of each element of a grouped convolution whose groups are not whole blocks
 
 
 # Fitted to the tables of five nets of timm (seresnet50, mobilenetv3_large_100, efficientnet_b0, regnety_016,
 # seresnext50_32x4d; 224 px, batch 1), as `python tests/benchmarks.py coarse` prints them: ONNX Runtime 1.31,
 # one thread of an AMD EPYC with AVX-512, November 2026. Only their proportions matter.
 _COARSE: dict[str, _Price] = {
-    "pointwise": _Price(6400, 0.152, 0.0185),
-    "spatial": _Price(27100, 0.236, 0.0187),
-    "grouped": _Price(32500, 0.236, 0.0187),
-    "depthwise": _Price(14600, 0.053, 0.0564),
-    "linear": _Price(8700, 0, 0.187),  # one row: all weights are fetched for it
+    "pointwise": _Price(5000, 0.134, 0.0183),
+    "spatial": _Price(4400, 0.360, 0.0176),
+    "grouped": _Price(5000, 0.300, 0.0177, 3.6),
+    "depthwise": _Price(9700, 0.041, 0.0455),
+    "linear": _Price(7200, 0, 0.202),  # one row: all weights are fetched for it
 }
 _COARSE_BLOCK = 16  # channels of a block under AVX-512; whole blocks of it are also whole blocks of eight
 
@@ -133,7 +146,7 @@ def coarse_table(coupling: Coupling) -> LatencyTable:
     """What layers of these kinds and shapes cost on a CPU, roughly: enough to choose between plans."""
     layers = coupling.layers({})
     kinds = ["linear" if n == 1 else kind for n, kind in zip(layers.positions, layers.kinds, strict=True)]
-    fixed, element, mac = np.array([astuple(_COARSE[kind]) for kind in kinds]).T
+    fixed, element, mac, ragged = np.array([astuple(_COARSE[kind]) for kind in kinds]).T
     element = element * layers.positions  # of each output channel, the first axis
     mac = mac * layers.positions * np.where(layers.shrinking, 1, layers.lengths).prod(axis=1)
     shrinking = layers.shrinking.sum(axis=1)
@@ -147,6 +160,7 @@ def coarse_table(coupling: Coupling) -> LatencyTable:
         fixed=fixed + np.where(shrinking == 0, mac, 0.0),
         per_channel=per_channel,
         per_product=np.where(shrinking > 1, mac, 0.0),
+        per_ragged=ragged * layers.positions,
         conditions={"table": "coarse"},
         validation={},
     )
@@ -170,14 +184,12 @@ def table_from_json(value: JSON, *, where: str) -> LatencyTable:
         raise InputError(f"{where} is no whole latency table: {error}", remedy=_REMEDY) from error
     shapes = {len(figures) for figures in layers.values()}
     right = all(figures.ndim == 1 + (name == "per_channel") for name, figures in layers.items())
-    figures = np.concatenate([table.overhead, *layers.values()], axis=None)
-    if (
-        len(shapes) > 1
-        or not right
-        or not np.isfinite(figures).all()
-        or (figures < 0).any()
-        or table.block < 1
-    ):
+    if len(shapes) > 1 or not right or not math.isfinite(table.overhead):
+        raise InputError(
+            f"{where} is no whole latency table: its lists are of unequal lengths", remedy=_REMEDY
+        )
+    figures = np.concatenate(list(layers.values()), axis=None)
+    if not np.isfinite(figures).all() or (figures < 0).any() or (table.block < 1).any():
         raise InputError(f"{where} holds times that are no times: negative, or no numbers", remedy=_REMEDY)
     return table
 

@@ -99,6 +99,7 @@ class Layers:
     lengths: np.ndarray  # (layers, most axes) int
     shrinking: np.ndarray  # (layers, most axes) bool: pruning can shorten the axis
     kinds: tuple[LayerKind, ...]
+    groups: np.ndarray  # (layers,) int: of a convolution, else 1
 
     @property
     def macs(self) -> np.ndarray:
@@ -120,7 +121,9 @@ class Coupling:
     _unit_of_slot: np.ndarray = field(repr=False)  # number among the units of all groups, -1: none
     _macs: CostTable = field(repr=False)
     _params: CostTable = field(repr=False)
-    _kinds: tuple[LayerKind, ...] = field(repr=False)  # of the products of _macs
+    _kinds: tuple[tuple[LayerKind, int], ...] = field(
+        repr=False
+    )  # of _macs' products; groups of convolutions
     _sizes: tuple[SizeUse, ...] = field(repr=False)
     _operations: tuple[Operation, ...] = field(repr=False)
 
@@ -152,8 +155,23 @@ class Coupling:
             positions=self._macs.constants,
             lengths=self._macs.lengths_left(self._removed_units(removed)),
             shrinking=self._macs.shrinking(),
-            kinds=self._kinds,
+            kinds=tuple(kind for kind, _ in self._kinds),
+            groups=np.array([groups for _, groups in self._kinds]),
         )
+
+    def partners(self) -> dict[str, str]:
+        """Return the groups whose channels are the two sides of a grouped convolution, each way."""
+        of_unit = np.repeat(np.arange(len(self.groups)), [group.units for group in self.groups])
+        found: dict[str, str] = {}
+        for (kind, _), axes in zip(self._kinds, self._macs.axes, strict=True):
+            if kind != "grouped":
+                continue
+            sides = [np.unique(of_unit[self._macs.units_on_axis[axis].indices]) for axis in axes[:2]]
+            if all(len(side) == 1 for side in sides) and sides[0] != sides[1]:
+                out, into = (self.groups[int(side[0])].name for side in sides)
+                found.setdefault(out, into)
+                found.setdefault(into, out)
+        return found
 
     def with_frozen(self, reasons: Mapping[str, str]) -> Coupling:
         """Return this coupling with more groups frozen: name -> why."""
@@ -411,7 +429,7 @@ class _Builder:
             _unit_of_slot=unit_of_slot,
             _macs=_cost_table(self.t.products, unit_of_slot, units),
             _params=_cost_table(self.parameter_products(), unit_of_slot, units),
-            _kinds=tuple(product.kind for product in self.t.products),
+            _kinds=tuple((product.kind, product.groups) for product in self.t.products),
             _sizes=self.sizes(),
             _operations=tuple(self.t.operations),
         )

@@ -151,7 +151,8 @@ def convolution(t: Tracer, op: Op) -> None:
     kind: LayerKind = "pointwise" if weight[0, 0].numel() == 1 else "spatial"
     if groups > 1:
         kind = "depthwise" if depthwise else "grouped"
-    t.count_macs(positions, *(t.axis_ids(weight, axis) for axis in range(weight.dim())), kind=kind)
+    axes = (t.axis_ids(weight, axis) for axis in range(weight.dim()))
+    t.count_macs(positions, *axes, kind=kind, groups=int(groups))
     if depthwise:
         out_axis = 0
     made = t.slots_along(weight, out_axis) if t.is_parametric(weight) else None

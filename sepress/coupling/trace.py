@@ -122,6 +122,7 @@ class Product:
     constant: int
     axes: tuple[np.ndarray, ...]
     kind: LayerKind = "linear"
+    groups: int = 1
 
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -310,11 +311,13 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if slots is not None:
                 self.freeze(slots, why)
 
-    def count_macs(self, constant: int, *lengths: np.ndarray | int, kind: LayerKind = "linear") -> None:
+    def count_macs(
+        self, constant: int, *lengths: np.ndarray | int, kind: LayerKind = "linear", groups: int = 1
+    ) -> None:
         for length in lengths:
             constant *= length if isinstance(length, int) else 1
         axes = tuple(x for x in lengths if not isinstance(x, int))
-        self.products.append(Product(constant, axes, kind))
+        self.products.append(Product(constant, axes, kind, groups))
 
     def add_producer(self, op: Op, slots: np.ndarray) -> None:
         self.producers.append(MadeBy(slots, self.gates.marks.get(_data_of(op))))

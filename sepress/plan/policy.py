@@ -29,6 +29,8 @@ class Countable(Protocol):
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...  # of parameters and buffers
 
+    def partners(self) -> Mapping[str, str]: ...  # the two sides of a grouped convolution
+
     def prunable(self) -> tuple[CouplingGroup, ...]: ...
 
     def count_macs(self, removed: Removed, /) -> int: ...

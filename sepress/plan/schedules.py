@@ -37,7 +37,8 @@ def build_schedule(
         keys = _isomorphic(ladders, coupling)
     else:
         counts = _counts(coupling, policy, latency)
-        keys = [[(price,) for price in _prices(ladder, ranking, counts)] for ladder in ladders]
+        together = _together(ladders, coupling if latency else None)
+        keys = [[(price,) for price in _prices(alike, ranking, counts)] for alike in together]
     return _in_order(keys, range(len(ladders)))
 
 
@@ -79,16 +80,31 @@ def _counts(coupling: Countable, policy: Policy, latency: Count | None) -> list[
     return list(dict.fromkeys(count for count in (size[target], latency) if count is not None))
 
 
-def _prices(ladder: Ladder, ranking: Ranking, counts: Sequence[Count]) -> list[float]:
-    """The predicted loss of each step for what it saves, on the lower convex hull of the ladder's rungs.
+def _together(ladders: Sequence[Ladder], coupling: Countable | None) -> list[list[Ladder]]:
+    """Each ladder with the one that steps with it: the other side of a grouped convolution, where alike.
+
+    A runtime is fast at a grouped convolution where both sides of its groups are whole blocks: what one side
+    saves depends on the other.
+    """
+    partners = coupling.partners() if coupling else {}
+    by_name = {ladder.name: ladder for ladder in ladders}
+    pairs = [(ladder, by_name.get(partners.get(ladder.name, ""))) for ladder in ladders]
+    return [[own] if other is None or other.rungs != own.rungs else [own, other] for own, other in pairs]
+
+
+def _prices(ladders: Sequence[Ladder], ranking: Ranking, counts: Sequence[Count]) -> list[float]:
+    """The predicted loss of each step, of all these ladders together, for what it saves, on the lower convex
+    hull of their rungs.
 
     The order by price is the Lagrangian relaxation of the multiple-choice knapsack, one rung a group
     (Sinha & Zoltners 1979): every prefix that ends at corners of the hulls costs least for what it saves, as
     long as savings add up. They are counted with the other groups at full width. Steps between two corners
     share a price.
     """
-    losses, saved = _losses(ladder, ranking), _saved(ladder, counts)
-    steps = zip(pairwise(losses), pairwise(saved), strict=True)
+    losses = [
+        sum(together) for together in zip(*(_losses(ladder, ranking) for ladder in ladders), strict=True)
+    ]
+    steps = zip(pairwise(losses), pairwise(_saved(ladders, counts)), strict=True)
     hull: list[tuple[float, float, int]] = []  # loss, saving and steps of each segment, prices rising
     for (before, after), (less, more) in steps:
         segment = after - before, more - less, 1
@@ -100,14 +116,15 @@ def _prices(ladder: Ladder, ranking: Ranking, counts: Sequence[Count]) -> list[f
 
 
 def _price(loss: float, saving: float, _: int) -> float:
-    return loss / saving if saving else math.inf
+    return loss / saving if saving > 0 else math.inf  # some widths take longer than larger ones
 
 
-def _saved(ladder: Ladder, counts: Sequence[Count]) -> list[float]:
+def _saved(ladders: Sequence[Ladder], counts: Sequence[Count]) -> list[float]:
     """What each rung saves, all else at full width: the sum of its shares of the counts, or channels."""
     if not counts:
-        return [float(gone) for gone in accumulate(ladder.sizes(), initial=0)]
-    removals = [{ladder.name: ladder.removed(step)} for step in range(len(ladder.rungs))]
+        return [float(gone) for gone in accumulate(ladders[0].sizes(), initial=0)]
+    steps = range(len(ladders[0].rungs))
+    removals = [{ladder.name: ladder.removed(step) for ladder in ladders} for step in steps]
     wholes = [count({}) for count in counts]
     return [
         sum(1 - count(removed) / whole for count, whole in zip(counts, wholes, strict=True))

@@ -39,8 +39,9 @@ def fit_table(coupling: Coupling, samples: Sequence[Sample]) -> LatencyTable:
         overhead=0.0,
         block=np.array(BLOCKS)[best],
         fixed=coefficients[:, 0],
-        per_channel=coefficients[:, 1:-1],
-        per_product=coefficients[:, -1],
+        per_channel=coefficients[:, 1:-2],
+        per_product=coefficients[:, -2],
+        per_ragged=coefficients[:, -1],
         conditions={},
         validation={},
     )
@@ -52,9 +53,9 @@ def _fit(seen: Sequence[Features], times: np.ndarray) -> tuple[np.ndarray, np.nd
     An error counts by its share of what the layer takes.
     """
     layers, axes = seen[0].channels.shape
-    coefficients, errors = np.zeros((layers, axes + 2)), np.zeros(layers)
+    coefficients, errors = np.zeros((layers, axes + 3)), np.zeros(layers)
     for layer in range(layers):
-        rows = np.stack([np.r_[1.0, x.channels[layer], x.product[layer]] for x in seen])
+        rows = np.stack([np.r_[1.0, x.channels[layer], x.product[layer], x.ragged[layer]] for x in seen])
         scale = np.maximum(rows.max(axis=0), 1e-12)
         weights = 1.0 / np.maximum(times[:, layer], 1e3)
         solution, residual = nnls(rows / scale * weights[:, None], times[:, layer] * weights)
