@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import random
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -629,7 +628,7 @@ def test_a_plan_that_removes_nothing_says_why() -> None:
         plan(chain(group("a", 64)), ratio=0.5, overrides={"*": 0})
 
 
-def test_a_large_net_plans_in_under_a_second() -> None:
+def test_a_large_net_is_planned_with_few_counts_of_its_macs() -> None:
     net = chain(*(group(f"layers.{i}.conv", 2048) for i in range(100)))
     scores = ranking(net)
     calls = 0
@@ -641,10 +640,8 @@ def test_a_large_net_plans_in_under_a_second() -> None:
             return super().count_macs(removed)
 
     slow = Slow(net.groups, net.positions)
-    started = time.process_time()
     plan_pruning(scores, slow, policy=Policy(target_macs=0.5, scope="per-group"))
-    assert time.process_time() - started < 2  # 0.5 s on an idle core; test machines are shared
-    assert calls < 200
+    assert calls < 200  # of 25,500 steps
 
 
 # ---- which groups -------------------------------------------------------------------------------
