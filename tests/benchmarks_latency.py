@@ -76,9 +76,10 @@ def targets(nets: Sequence[str]) -> None:
             print(f"| {reference} | torch-pruning | {type(error).__name__}: {str(error)[:80]} | | |")
         report(reference, made, images[:1])
         found = table.validation
+        errors = f"{found['median_error']:.1%} (median, at most {found['worst_error']:.1%})"
+        unseen = len(found["measured"])
         print(
-            f"\n{reference}: {notes[0]}. The table's predictions of {len(found['measured'])} nets that it "
-            f"had not seen are off by {found['median_error']:.1%} (median), {found['worst_error']:.1%} (worst)\n",
+            f"\n{reference}: {notes[0]}. Predictions of {unseen} nets not seen are off by {errors}.\n",
             flush=True,
         )
 

@@ -133,14 +133,16 @@ def cut_to_size(
     of channels takes the time of a whole one.
     """
     base = count({})
-    time = latency or count
     budget = exact(target) * base
 
     def holds(removed: Removed) -> bool:
         return count(removed) <= budget
 
     def worth(before: Removed, after: Removed) -> bool:
-        return (time(after) - time(before)) / time({}) <= (count(after) - count(before)) / base
+        if latency is None:
+            return True
+        longer = (latency(after) - latency(before)) / latency({})
+        return longer <= (count(after) - count(before)) / base
 
     def prefix(length: int) -> dict[str, tuple[int, ...]]:
         return {**fixed, **_prefix(ladders, schedule, length)}
