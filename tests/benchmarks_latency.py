@@ -19,8 +19,9 @@ from scipy.optimize import nnls
 from torch import Tensor, nn
 
 from sepress import console
-from sepress.costs import coarse_table, predictor
+from sepress.costs import coarse_table, features, predictor
 from sepress.coupling import Coupling, apply_removal, trace
+from sepress.coupling.groups import Layers
 from sepress.export import export_onnx
 from sepress.measure import count_macs
 from sepress.models import build_net, build_spec
@@ -137,31 +138,32 @@ def coarse(nets: Sequence[str]) -> None:
         table = profile_latency(net, coupling, images[:1])
         random = np.random.default_rng(0)
         for removed in ({}, *(random_removal(coupling, random, rounded=True) for _ in range(6))):
-            for kind, *row in prices(coupling, removed, table.layer_ns(coupling.layers(removed))):
-                rows.setdefault(str(kind), []).append(tuple(map(float, row)))
+            layers = coupling.layers(removed)
+            for kind, row in layer_rows(layers, coarse_table(coupling).block, table.layer_ns(layers)):
+                rows.setdefault(kind, []).append(row)
         print(f"{reference}: {table.validation}", flush=True)
-    print(
-        "| kind | ns a layer | ns an element | ns a multiply-add | median error |\n|---|---:|---:|---:|---:|"
-    )
+    print("| kind | ns a layer | an element | a multiply-add | an element where ragged | median error |")
+    print("|---|---:|---:|---:|---:|---:|")
     for kind, found in rows.items():
         taken, *columns = np.array(found).T
-        features = np.stack([np.ones_like(taken), *columns], axis=1)
-        scale, weight = np.maximum(features.max(axis=0), 1e-9), 1 / np.maximum(taken, 2e3)
-        fitted = nnls(features / scale * weight[:, None], taken * weight)[0] / scale
-        error = np.median(np.abs(features @ fitted / taken - 1))
-        print(f"| {kind} | {fitted[0]:.0f} | {fitted[1]:.3f} | {fitted[2]:.4f} | {error:.0%} |")
+        known = np.stack([np.ones_like(taken), *columns], axis=1)
+        scale, weight = np.maximum(known.max(axis=0), 1e-9), 1 / np.maximum(taken, 2e3)
+        fitted = nnls(known / scale * weight[:, None], taken * weight)[0] / scale
+        error = np.median(np.abs(known @ fitted / taken - 1))
+        print(
+            f"| {kind} | {fitted[0]:.0f} | {fitted[1]:.3f} | {fitted[2]:.4f} | {fitted[3]:.2f} | {error:.0%} |"
+        )
 
 
-def prices(coupling: Coupling, removed: Removed, ns: np.ndarray) -> Iterator[tuple[str | float, ...]]:
-    """Kind, time, elements given and multiply-adds of each layer, widths in the coarse table's blocks."""
-    layers, block = coupling.layers(removed), coarse_table(coupling).block
-    lengths = np.where(
-        layers.shrinking, np.ceil(layers.lengths / block[:, None]) * block[:, None], layers.lengths
-    )
+def layer_rows(layers: Layers, block: np.ndarray, ns: np.ndarray) -> Iterator[tuple[str, tuple[float, ...]]]:
+    """Kind of each layer; its time, elements given, multiply-adds, and elements where groups are ragged."""
+    seen = features(layers, block)
+    widths = np.where(layers.shrinking, seen.channels, layers.lengths)
     for i, taken in enumerate(ns):
         kind = "linear" if layers.positions[i] == 1 else layers.kinds[i]
-        elements = 0 if kind == "linear" else layers.positions[i] * lengths[i, 0]
-        yield kind, taken, elements, layers.positions[i] * lengths[i].prod()
+        elements = 0 if kind == "linear" else layers.positions[i] * widths[i, 0]
+        macs, ragged = layers.positions[i] * widths[i].prod(), layers.positions[i] * seen.ragged[i]
+        yield kind, (float(taken), float(elements), float(macs), float(ragged))
 
 
 def main() -> None:
