@@ -150,9 +150,8 @@ def coarse(nets: Sequence[str]) -> None:
         scale, weight = np.maximum(known.max(axis=0), 1e-9), 1 / np.maximum(taken, 2e3)
         fitted = nnls(known / scale * weight[:, None], taken * weight)[0] / scale
         error = np.median(np.abs(known @ fitted / taken - 1))
-        print(
-            f"| {kind} | {fitted[0]:.0f} | {fitted[1]:.3f} | {fitted[2]:.4f} | {fitted[3]:.2f} | {error:.0%} |"
-        )
+        layer, element, mac, ragged = fitted
+        print(f"| {kind} | {layer:.0f} | {element:.3f} | {mac:.4f} | {ragged:.2f} | {error:.0%} |")
 
 
 def layer_rows(layers: Layers, block: np.ndarray, ns: np.ndarray) -> Iterator[tuple[str, tuple[float, ...]]]:
