@@ -12,7 +12,7 @@ from typing import cast
 
 from sepress.errors import InputError
 from sepress.plan.ladders import Ladder, removal
-from sepress.plan.policy import LIMIT_TEXT, Count, exact
+from sepress.plan.policy import LIMIT_TEXT, exact
 from sepress.types import Policy, Removed
 
 
@@ -28,9 +28,8 @@ def _give_back(
     holds: Callable[[Removed], bool],
     *,
     rounds: int,
-    worth: Callable[[Removed, Removed], bool] = lambda before, after: True,
 ) -> dict[str, tuple[int, ...]]:
-    """Give back steps that are worth it while the target holds: in each round one a group, latest first."""
+    """Give back steps while the target holds: in each round one a group, latest in the schedule first."""
     result = dict(removed)
     taken = Counter(schedule)
     candidates = list(dict.fromkeys(reversed(schedule)))
@@ -40,7 +39,7 @@ def _give_back(
             name = ladders[position].name
             fewer = removal([ladders[position]], [taken[position] - 1])
             trial = {**{other: units for other, units in result.items() if other != name}, **fewer}
-            if holds(trial) and worth(result, trial):
+            if holds(trial):
                 result = trial
                 taken[position] -= 1
                 given.append(position)
@@ -125,24 +124,13 @@ def cut_to_size(
     count: Callable[[Removed], int],
     target: float,
     unit: str,
-    latency: Count | None = None,
 ) -> dict[str, tuple[int, ...]]:
-    """The first prefix whose count is at or below the target, less what can be given back.
-
-    Given back is what takes no larger share of the predicted latency than of what is counted: half a block
-    of channels takes the time of a whole one.
-    """
+    """The first prefix whose count is at or below the target, less what can be given back."""
     base = count({})
     budget = exact(target) * base
 
     def holds(removed: Removed) -> bool:
         return count(removed) <= budget
-
-    def worth(before: Removed, after: Removed) -> bool:
-        if latency is None:
-            return True
-        longer = (latency(after) - latency(before)) / latency({})
-        return longer <= (count(after) - count(before)) / base
 
     def prefix(length: int) -> dict[str, tuple[int, ...]]:
         return {**fixed, **_prefix(ladders, schedule, length)}
@@ -156,4 +144,4 @@ def cut_to_size(
         )
     length = bisect_left(range(len(schedule)), True, key=lambda n: holds(prefix(n)))
     # One round: more would undo the cheap layers, whose steps fit whatever is left.
-    return _give_back(ladders, schedule[:length], prefix(length), holds, rounds=1, worth=worth)
+    return _give_back(ladders, schedule[:length], prefix(length), holds, rounds=1)

@@ -37,7 +37,7 @@ def plan_pruning(
     if policy.ratio is not None:
         removed = {**fixed, **cut_to_ratio(free, schedule, policy)}
     elif policy.target_macs is not None:
-        removed = cut_to_size(free, schedule, fixed, coupling.count_macs, policy.target_macs, "MACs", latency)
+        removed = cut_to_size(free, schedule, fixed, coupling.count_macs, policy.target_macs, "MACs")
     elif policy.target_latency is not None:
         if latency is None:
             raise InputError(
@@ -47,7 +47,7 @@ def plan_pruning(
         removed = cut_to_size(free, schedule, fixed, latency, policy.target_latency, "predicted latency (ns)")
     else:
         target = cast(float, policy.target_params)  # check_policy: exactly one target is set
-        removed = cut_to_size(free, schedule, fixed, coupling.count_params, target, "parameters", latency)
+        removed = cut_to_size(free, schedule, fixed, coupling.count_params, target, "parameters")
     if not removed:
         raise InputError(why_nothing(free, policy), remedy="Ask for more, or lower round_to or min_width.")
 
