@@ -130,7 +130,8 @@ class _Price:
 
 
 # Fitted to the tables of five nets of timm (seresnet50, mobilenetv3_large_100, efficientnet_b0, regnety_016,
-# seresnext50_32x4d; 224 px, batch 1), as `python tests/benchmarks.py coarse` prints them: ONNX Runtime 1.31,
+# seresnext50_32x4d; 224 px, batch 1), as `python tests/benchmarks_latency.py coarse` does; grouped
+# convolutions, of which these have few widths, to the sweep that `grouped` prints there. ONNX Runtime 1.31,
 # one thread of an AMD EPYC with AVX-512, November 2026. Only their proportions matter.
 _COARSE: dict[str, _Price] = {
     "pointwise": _Price(5000, 0.134, 0.0183),

@@ -27,6 +27,7 @@ from sepress.measure import count_macs
 from sepress.models import build_net, build_spec
 from sepress.plan import plan_pruning
 from sepress.profile import profile_latency, random_removal, table_for
+from sepress.profile.operators import profile_files
 from sepress.pruning import rank_channels
 from sepress.runtime import measure_onnx_latency
 from sepress.types import Policy, Removed
@@ -165,10 +166,33 @@ def layer_rows(layers: Layers, block: np.ndarray, ns: np.ndarray) -> Iterator[tu
         yield kind, (float(taken), float(elements), float(macs), float(ragged))
 
 
+def grouped(_: Sequence[str]) -> None:
+    """Grouped 3x3 convolutions between pointwise ones, by channels a group: the grouped price of _COARSE."""
+    print("| groups | pixels | channels a group | microseconds | multiply-adds a nanosecond |")
+    print("|---:|---:|---:|---:|---:|", flush=True)
+    for groups, side in ((14, 14), (5, 28), (32, 14)):
+        for width in (4, 8, 12, 15, 16, 18, 20, 24, 28, 32):
+            channels = groups * width
+            net = nn.Sequential(
+                nn.Conv2d(64, channels, 1),
+                nn.Conv2d(channels, channels, 3, padding=1, groups=groups),
+                nn.ReLU(),
+                nn.Conv2d(channels, 64, 1),
+            )
+            image = torch.randn(1, 64, side, side)
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "net.onnx"
+                export_onnx(net.eval(), path, example=image, batch=1, exporter="torchscript")
+                (events,) = profile_files([path], image, threads=1, rounds=12)
+            ns = next(event.ns for event in events if event.weight[2:] == (3, 3))
+            macs = channels * width * 9 * side * side
+            print(f"| {groups} | {side} | {width} | {ns / 1e3:.0f} | {macs / ns:.1f} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="what", required=True)
-    for run in (targets, coarse):
+    for run in (targets, coarse, grouped):
         one = commands.add_parser(run.__name__, help=run.__doc__)
         one.add_argument("nets", nargs="*", default=FIVE)
         one.set_defaults(run=run)
