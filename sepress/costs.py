@@ -58,12 +58,15 @@ class LatencyTable:
         return taken
 
     def check(self, coupling: Coupling) -> None:
-        """Raise InputError where the table is of another net."""
-        if layers_digest(coupling) != self.net:
+        """Raise InputError where the table is of another net, or of none that takes time."""
+        lengths = coupling.layers({}).lengths.shape
+        if layers_digest(coupling) != self.net or self.per_channel.shape != lengths:
             raise InputError(
                 "the latency table is of another net: its layers are not these",
                 remedy="Make one for this net: sepress profile MODEL --out table.json.",
             )
+        if (base := self.predict_ns(coupling, {})) <= 0:
+            raise InputError(f"by the latency table a call of this net takes {base} ns", remedy=_REMEDY)
 
     def to_json(self) -> dict[str, JSON]:
         return {
@@ -181,8 +184,10 @@ def table_from_json(value: JSON, *, where: str) -> LatencyTable:
             conditions=dict(value["conditions"]),
             validation=dict(value["validation"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{where} is no whole latency table: {error}", remedy=_REMEDY) from error
+    except KeyError as error:
+        raise InputError(f"{where} is no whole latency table: it lacks {error}", remedy=_REMEDY) from error
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise InputError(f"{where} is no whole latency table: {str(error)[:200]}", remedy=_REMEDY) from error
     shapes = {len(figures) for figures in layers.values()}
     right = all(figures.ndim == 1 + (name == "per_channel") for name, figures in layers.items())
     if len(shapes) > 1 or not right or not math.isfinite(table.overhead):

@@ -91,8 +91,9 @@ class Layers:
     """The convolutions and matrix products of one forward of one image, an array entry each.
 
     A convolution's lengths are those of its weight (out, in / groups, kernel...), its `positions` those of
-    its output; a matrix product's are (rows, inner, columns), with one position. Axes of length 1 are left
-    out; padded with ones.
+    its output; a transposed one's weight is (in, out / groups, kernel...), and its positions are its input's.
+    A matrix product's lengths are those of its axes that are channels, or of a parameter (inner, columns); its
+    positions are the product of the others. Padded with ones.
     """
 
     positions: np.ndarray  # (layers,) int: what the product of the lengths is multiplied by

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,16 +77,16 @@ def _shape(shapes: Sequence[Mapping[str, Sequence[int]]], position: int) -> tupl
 
 
 # ---- operators -> layers --------------------------------------------------------------------------
-def assign(events: Sequence[Event], layers: Layers) -> np.ndarray:
+def assign(events: Sequence[Event], layers: Layers, *, batch: int) -> np.ndarray:
     """The time of each layer (layers,) ns: of its own operator, and of those that work on what it gives.
 
-    Layers are matched by their weights' shapes, which a runtime may have padded to whole blocks; of two
+    The layers are of one image, the events of `batch`. Layers are matched by their weights' shapes, which a runtime may have padded to whole blocks; of two
     layers alike it does not matter which is which. Other operators go to the last layer before them whose
     output has as many channels, else to the last one at all.
     """
     total = np.zeros(len(layers.positions))
     own = [i for i, event in enumerate(events) if event.op in _LAYER_OPS and event.reads and event.output]
-    cost = np.array([[_mismatch(events[i], layers, j) for j in range(len(total))] for i in own])
+    cost = np.array([[_mismatch(events[i], batch, layers, j) for j in range(len(total))] for i in own])
     layer_of: dict[int, int] = {}
     if len(own):
         rows, columns = linear_sum_assignment(cost.reshape(len(own), len(total)))
@@ -112,19 +113,32 @@ _CONVOLUTIONS = {"Conv", "FusedConv", "ConvTranspose"}
 _LAYER_OPS = _CONVOLUTIONS | {"Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
 
 
-def _mismatch(event: Event, layers: Layers, layer: int) -> float:
+def _mismatch(event: Event, batch: int, layers: Layers, layer: int) -> float:
     """How many channels of padding make the layer this operator; _FAR where none do."""
     known = [int(n) for n in layers.lengths[layer] if n > 1]  # axes of length 1 are not told apart
-    if event.op in _CONVOLUTIONS:
-        if layers.positions[layer] != np.prod(event.output[2:]):
-            return _FAR
-        found = [n for n in event.weight if n > 1]
-        kernel = sum(n > 1 for n in event.weight[2:])
-    else:  # its weight may be packed away: told by what goes in and comes out
-        known = sorted(n for n in (*known, int(layers.positions[layer])) if n > 1)
-        found = sorted(n for n in (*event.output, event.reads[-1]) if n > 1)
-        kernel = len(found)
+    positions = int(layers.positions[layer])
+    if event.op not in _CONVOLUTIONS:  # its weight may be packed away: told by what goes in and comes out
+        return 0.0 if _multiplies(event, batch, known, positions) else _FAR
+    counted = event.reads if event.op == "ConvTranspose" else event.output
+    if positions * batch != counted[0] * np.prod(counted[2:]):
+        return _FAR
+    if event.op == "ConvTranspose":  # its weight may be packed away, too
+        sides = event.reads[1], event.output[1] // int(layers.groups[layer])
+        return 0.0 if known[:2] == list(sides) else _FAR
+    found = [n for n in event.weight if n > 1]
+    kernel = sum(n > 1 for n in event.weight[2:])
     if len(found) != len(known) or found[len(found) - kernel :] != known[len(known) - kernel :]:
         return _FAR
     padding = [padded - exact for padded, exact in zip(found, known, strict=True)]
     return float(sum(padding)) if all(0 <= n < MOST_PADDING for n in padding) else _FAR
+
+
+def _multiplies(event: Event, batch: int, known: Sequence[int], positions: int) -> bool:
+    """Whether a product of matrices has those axes; what the others of its three amount to is positions."""
+    *rows, columns = event.output
+    others = [math.prod(rows) // batch, event.reads[-1], columns]
+    for length in known:
+        if length not in others:
+            return False
+        others.remove(length)
+    return math.prod(others) == positions
