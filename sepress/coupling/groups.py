@@ -92,13 +92,13 @@ class Layers:
 
     A convolution's lengths are those of its weight (out, in / groups, kernel...), its `positions` those of
     its output; a transposed one's weight is (in, out / groups, kernel...), and its positions are its input's.
-    A matrix product's lengths are those of its axes that are channels, or of a parameter (inner, columns); its
-    positions are the product of the others. Padded with ones.
+    A matrix product's lengths are those of its axes that are channels, or of a parameter (inner, columns);
+    its positions are the product of the others. Padded with ones.
     """
 
     positions: np.ndarray  # (layers,) int: what the product of the lengths is multiplied by
     lengths: np.ndarray  # (layers, most axes) int
-    shrinking: np.ndarray  # (layers, most axes) bool: pruning can shorten the axis
+    shrinking: np.ndarray  # (layers, most axes) bool: the axis is of a group's units, frozen or not
     kinds: tuple[LayerKind, ...]
     groups: np.ndarray  # (layers,) int: of a convolution, else 1
 

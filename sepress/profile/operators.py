@@ -80,9 +80,9 @@ def _shape(shapes: Sequence[Mapping[str, Sequence[int]]], position: int) -> tupl
 def assign(events: Sequence[Event], layers: Layers, *, batch: int) -> np.ndarray:
     """The time of each layer (layers,) ns: of its own operator, and of those that work on what it gives.
 
-    The layers are of one image, the events of `batch`. Layers are matched by their weights' shapes, which a runtime may have padded to whole blocks; of two
-    layers alike it does not matter which is which. Other operators go to the last layer before them whose
-    output has as many channels, else to the last one at all.
+    The layers are of one image, the events of `batch`. Layers are matched by their weights' shapes, which a
+    runtime may have padded to whole blocks; of two layers alike it does not matter which is which. Other
+    operators go to the last layer before them whose output has as many channels, else to the last one at all.
     """
     total = np.zeros(len(layers.positions))
     own = [i for i, event in enumerate(events) if event.op in _LAYER_OPS and event.reads and event.output]
