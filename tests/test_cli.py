@@ -12,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -253,6 +254,23 @@ def test_prune_searches_within_a_constraint_or_goes_in_steps(stages: Stages) -> 
     searching, stepping = stages.recipes
     assert searching.stages[0] == PruneStage(within="top1_drop<=1%")
     assert stepping.stages[0] == PruneStage(target_macs=0.3, steps=3, step_epochs=1)
+
+
+def test_prune_takes_a_target_in_latency_and_the_table_to_plan_it_by(stages: Stages, tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text("{}")
+    done = call(f"prune model.pt --target-latency 0.6 --latency-table {tmp_path / 't.json'}")
+    assert done.exit_code == 0, done.output
+    cut = stages.recipes[0].stages[0]
+    assert (cut.target_latency, cut.latency_table) == (0.6, str(tmp_path / "t.json"))  # type: ignore[union-attr]
+
+
+def test_profile_of_a_name_asks_for_no_weights_and_no_images_and_says_its_error(stages: Stages) -> None:
+    done = call("profile timm:seresnet50 --batch 2 --threads 3 --out t.json")
+    assert done.exit_code == 0, done.output
+    assert stages.recipes[0].model.random_weights
+    assert stages.arguments == {"batch": 2, "threads": 3, "out": Path("t.json")}
+    assert "2.0%" in done.stdout
+    assert call("profile model.pt --batch 0 --out t.json").exit_code == 2
 
 
 def test_compensation_can_be_switched_off(stages: Stages) -> None:
@@ -598,3 +616,31 @@ def test_a_trained_file_is_pruned_by_two_short_commands(
     assert (tmp_path / "trained/base-pruned-2/plan.json").is_file()
     again = json.loads(call("report trained/base-pruned --json").stdout)
     assert again == value
+
+
+def test_a_table_that_profile_wrote_is_what_prune_plans_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sepress import profile
+
+    for name in ("ADJUSTMENT", "VALIDATION"):
+        monkeypatch.setattr(profile, name, 2)
+    few = {**profile.profile_latency.__kwdefaults__, "variants": 3, "rounds": 2}
+    monkeypatch.setattr(profile.profile_latency, "__kwdefaults__", few)
+    monkeypatch.chdir(tmp_path)
+    size = "--input-size 3,32,32"
+    done = call(f"profile sepress:se_mobile {size} --out table.json")
+    assert done.exit_code == 0, done.output
+    assert "layers; the base takes" in done.stdout
+    assert call(f"profile sepress:se_mobile {size} --out table.json").exit_code == 2  # it exists
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(16):
+        Image.effect_noise((32, 32), 50 + i).convert("RGB").save(folder / f"{i}.png")
+    prune = f"--random-weights {size} --data photos --dry-run --target-latency 0.9 --latency-table table.json"
+    done = call(f"prune sepress:se_mobile {prune} --calibration-images 8 --round-to 1 --min-width 1 --json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["latency_ratio"] <= 0.9
+    done = call(f"prune sepress:se_resnet8 {prune}")
+    assert done.exit_code == 2
+    assert "the latency table is of another net" in done.stderr

@@ -340,3 +340,35 @@ def test_only_readers_inside_a_gate_read_a_pooled_signal() -> None:
     pooled = {reader.parameter for reader in coupling.readers if reader.pooled}
     assert pooled == {"se.squeeze.weight", "se.expand.weight"}
     assert {"inner.0.weight", "outer.0.weight", "head.fc.weight"} <= {r.parameter for r in coupling.readers}
+
+
+# ---- layers -------------------------------------------------------------------------------------
+def test_the_layers_of_a_net_by_hand() -> None:
+    layers = traced("inverted bottleneck").layers({})  # 12 x 12 positions
+    assert layers.kinds == (
+        "spatial", "pointwise", "depthwise", "pointwise", "pointwise", "pointwise", "linear"
+    )  # fmt: skip
+    assert layers.positions.tolist() == [144, 144, 144, 1, 1, 144, 1]
+    assert layers.groups.tolist() == [1, 1, 12, 1, 1, 1, 1]
+    lengths = [[6, 3, 3, 3], [12, 6], [12, 3, 3], [4, 12], [12, 4], [6, 12], [6, 5]]
+    assert layers.lengths.tolist() == [[*row, *[1] * (4 - len(row))] for row in lengths]
+    units = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], *[[1, 1, 0, 0]] * 4]  # images have none
+    assert layers.shrinking.astype(int).tolist() == units
+    left = traced("inverted bottleneck").layers({"expand.0": (0, 5, 7), "se.squeeze": (2,)})
+    assert left.lengths[:, :2].tolist() == [[6, 3], [9, 6], [9, 3], [3, 9], [9, 3], [6, 9], [6, 5]]
+
+
+@pytest.mark.parametrize("name", sorted(nets.NETS))
+def test_layers_multiply_as_often_as_is_counted_whatever_goes(name: str) -> None:
+    coupling, random = traced(name), np.random.default_rng(0)
+    for _ in range(5):
+        removed = {g.name: tuple(range(int(random.integers(0, g.units)))) for g in coupling.prunable()}
+        assert coupling.layers(removed).macs.sum() == coupling.count_macs(removed)
+
+
+def test_the_sides_of_a_grouped_convolution_are_partners() -> None:
+    assert traced("grouped").partners() == {"a.0": "grouped.0", "grouped.0": "a.0"}
+    assert traced("depthwise").partners() == traced("plain").partners() == {}  # of one group, or of none
+    layers = traced("grouped").layers({})
+    assert (layers.kinds, layers.groups.tolist()) == (("spatial", "grouped", "linear"), [1, 2, 1])
+    assert layers.lengths[1].tolist() == [8, 6, 3, 3]  # six of a group's inputs

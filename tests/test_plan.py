@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -56,6 +56,9 @@ class Chain:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         inputs = (3, *(g.width for g in self.groups))
         return {f"{g.name}.weight": (g.width, n, 1, 1) for g, n in zip(self.groups, inputs, strict=False)}
+
+    def partners(self) -> dict[str, str]:
+        return {}
 
     def prunable(self) -> tuple[CouplingGroup, ...]:
         return tuple(g for g in self.groups if g.role != "frozen" and g.units > 1)
@@ -517,6 +520,121 @@ def test_auto_takes_a_ratio_of_every_group() -> None:
     assert result.widths_after == {"a": 2, "b": 2}
 
 
+# ---- latency ------------------------------------------------------------------------------------
+def in_blocks(net: Chain, block: int, price: int = 1) -> Callable[[Mapping[str, tuple[int, ...]]], int]:
+    """A runtime that fills the last block of every group with zeros."""
+    return lambda removed: sum(price * block * -(-kept // block) for kept in net.kept(removed))
+
+
+def flat_bank(*widths: int) -> tuple[Bank, Ranking]:
+    """Groups of which every channel costs a MAC, and each loses as much as any other: of the first least."""
+    names = [f"g{i}" for i in range(len(widths))]
+    groups = tuple(group(name, width) for name, width in zip(names, widths, strict=True))
+    net = Bank(groups, (), dict.fromkeys(names, 1))
+    scores = {g.name: (1.0 + i / 100,) * g.units for i, g in enumerate(groups)}
+    return net, ranking(net, scores=scores)
+
+
+def test_of_plans_that_lose_the_same_the_knapsack_ends_on_whole_blocks() -> None:
+    net, made = flat_bank(64, 64, 64)
+    policy = Policy(target_macs=0.75, scope="knapsack")
+    result = plan_pruning(made, net, policy=policy, latency=in_blocks(net, 16))
+    assert sum(result.widths_after.values()) == 0.75 * 192
+    assert all(width % 16 == 0 for width in result.widths_after.values())
+    assert result.latency_ratio == 0.75
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("target", [0.35, 0.5, 0.8])
+def test_a_latency_target_is_met_from_below_within_a_step_of_each_group(seed: int, target: float) -> None:
+    net = random_bank(seed, 6, 64, (1, 2, 3))
+
+    def time_of(removed: Mapping[str, tuple[int, ...]]) -> int:
+        return 5000 + 100 * net.count_macs(removed)
+
+    made = ranking(net, seed=seed)
+    result = plan_pruning(made, net, policy=Policy(target_latency=target), latency=time_of)
+    assert result.policy.scope == "knapsack"
+    assert result.latency_ratio == time_of(result.removed) / time_of({})
+    one_step = 100 * 8 * max(net.prices.values()) / time_of({})
+    assert target - one_step < result.latency_ratio <= target
+
+
+def test_a_latency_that_can_not_be_reached_says_what_can() -> None:
+    net, made = flat_bank(64)
+    with pytest.raises(
+        InputError, match=r"0\.2 of the base's predicted latency .* reachable is 0\.625 of them"
+    ):
+        # 48 of 64 channels can go, and 64 units of time are beside them
+        plan_pruning(
+            made,
+            net,
+            policy=Policy(target_latency=0.2, scope="per-group", min_width=16),
+            latency=lambda removed: 64 + net.count_macs(removed),
+        )
+
+
+def test_a_latency_is_not_planned_for_without_a_predictor() -> None:
+    net, made = flat_bank(64)
+    for scope in ("auto", "per-group"):
+        with pytest.raises(InputError, match="nothing predicts it"):
+            plan_pruning(made, net, policy=Policy(target_latency=0.5, scope=scope))  # type: ignore[arg-type]
+
+
+def test_latency_weighs_as_much_as_what_is_counted() -> None:
+    # A channel of either is a MAC and costs the same; only those of b take time.
+    net, _ = flat_bank(64, 64)
+    made = ranking(net, scores={"g0": (1.0,) * 64, "g1": (1.0,) * 64})
+    result = plan_pruning(
+        made,
+        net,
+        policy=Policy(target_macs=0.75, scope="knapsack"),
+        latency=lambda removed: 10 + net.kept(removed)[1],
+    )
+    assert result.widths_after == {"g0": 64, "g1": 32}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_smaller_share_removes_whatever_a_larger_does_but_for_the_step_that_is_given_back(
+    seed: int,
+) -> None:
+    net = random_bank(seed, 5, 64, (1, 2, 3))
+    made, latency = ranking(net, seed=seed), in_blocks(net, 16, 100)
+    plans = [
+        plan_pruning(made, net, policy=Policy(target_latency=share / 20), latency=latency).removed
+        for share in range(18, 6, -1)
+    ]
+    for more, less in itertools.pairwise(plans):
+        assert all(len(units) <= len(less.get(name, ())) + 8 for name, units in more.items())
+
+
+@dataclass(frozen=True)
+class Sides(Bank):
+    """A bank whose first two groups are the sides of a grouped convolution."""
+
+    def partners(self) -> dict[str, str]:
+        return {"g0": "g1", "g1": "g0"}
+
+
+@pytest.mark.parametrize("target", [{"target_macs": 0.6}, {"target_macs": 0.4}, {"target_latency": 0.5}])
+@pytest.mark.parametrize("dear", ["g0", "g1"])
+def test_the_two_sides_of_a_grouped_convolution_step_together(dear: str, target: dict[str, float]) -> None:
+    bank, _ = flat_bank(64, 64, 64)
+    net = Sides(bank.groups, (), bank.prices)
+    scores = dict.fromkeys(("g0", "g1", "g2"), (1.0,) * 64)
+    made = ranking(net, scores={**scores, dear: (5.0,) * 64})
+
+    def ragged(removed: Mapping[str, tuple[int, ...]]) -> int:
+        g0, g1, g2 = net.kept(removed)
+        whole = g0 % 16 == g1 % 16 == 0
+        return g0 * g1 * (1 if whole else 2) + 16 * g2
+
+    result = plan_pruning(made, net, policy=Policy(scope="knapsack", **target), latency=ragged)  # type: ignore[arg-type]
+    assert abs(result.widths_after["g0"] - result.widths_after["g1"]) <= 8
+    alone = plan_pruning(made, bank, policy=Policy(scope="knapsack", **target), latency=in_blocks(bank, 1))  # type: ignore[arg-type]
+    assert abs(alone.widths_after["g0"] - alone.widths_after["g1"]) > 8
+
+
 # ---- targets ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("ratio", [0.1, 0.25, 0.3, 0.5, 0.6])
 @pytest.mark.parametrize("seed", SEEDS)
@@ -764,6 +882,8 @@ def test_a_group_without_scores_is_refused() -> None:
         ({"ratio": True}, "ratio is True"),
         ({"target_macs": 1.0}, "target_macs is 1.0; expected a fraction of the base kept"),
         ({"target_params": float("inf")}, "target_params is inf"),
+        ({"target_latency": 1.5}, "target_latency is 1.5; expected a fraction of the base kept"),
+        ({"target_latency": 0.5, "target_macs": 0.5}, "target_macs and target_latency are set"),
         (
             {"ratio": 0.3, "scope": "layer"},
             "scope is 'layer'; expected one of auto, per-group, global, isomorphic, knapsack",
@@ -787,9 +907,11 @@ def test_a_wrong_policy_is_refused_before_any_net_is_seen(policy: dict[str, obje
 def test_a_plan_survives_json(seed: int) -> None:
     net = random_chain(seed, wide_units=True)
     made = plan(net, seed=seed, target_macs=0.6, scope="global", frozen=("head",), overrides={"g0": 0.25})
-    read = plan_from_json(json.loads(json.dumps(plan_to_json(made), allow_nan=False)))
-    assert read == made
-    check_plan(read, net)
+    for ratio in (None, 0.625):
+        made = replace(made, latency_ratio=ratio)
+        read = plan_from_json(json.loads(json.dumps(plan_to_json(made), allow_nan=False)))
+        assert read == made
+        check_plan(read, net)
 
 
 def some_json() -> dict[str, object]:
@@ -807,6 +929,10 @@ def some_json() -> dict[str, object]:
         (("params_before",), True, "params_before is 'True'"),
         (("params_before",), 10**400, "params_before is"),
         (("criterion",), "x" * 10_001, "criterion is"),
+        (("latency_ratio",), -0.5, "latency_ratio is '-0.5'"),
+        (("latency_ratio",), float("nan"), "latency_ratio is 'nan'"),
+        (("latency_ratio",), "0.5", "latency_ratio is '0.5'"),
+        (("policy", "target_latency"), 0.5, "policy is wrong: .* ratio and target_latency are set"),
         (("notes",), "text", "notes is 'text'"),
         (("notes",), [1], r"notes\[0\] is '1'"),
         (("groups",), {}, "groups is"),
@@ -843,7 +969,7 @@ def test_what_is_no_plan_is_refused(value: object) -> None:
         plan_from_json(value)
 
 
-@pytest.mark.parametrize("key", ["criterion", "policy", "groups", "macs_before", "notes"])
+@pytest.mark.parametrize("key", ["criterion", "policy", "groups", "macs_before", "notes", "latency_ratio"])
 def test_a_missing_key_is_named(key: str) -> None:
     damaged = some_json()
     del damaged[key]

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import copy
 import doctest
+import json
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import sepress
 from sepress import pruning
+from sepress.costs import coarse_table, predictor
+from sepress.coupling import trace
 from sepress.errors import CheckError, InputError
 from sepress.models import build_net, build_spec
 
@@ -203,3 +209,36 @@ def test_the_example_in_every_public_docstring_runs(
     (test,) = doctest.DocTestFinder(recurse=False).find(function, name, globs={})
     assert test.examples, f"sepress.{name} has no example"
     assert doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test).failed == 0
+
+
+# ---- latency ------------------------------------------------------------------------------------
+def test_a_target_in_latency_is_met_by_a_given_table_whether_in_memory_or_in_a_file(tmp_path: Path) -> None:
+    net = small_net()
+    coupling = trace(net, images(1))
+    table = replace(coarse_table(coupling), block=np.ones(len(coupling.layers({}).kinds), int))
+    (tmp_path / "table.json").write_text(json.dumps(table.to_json()))
+    plans = []
+    for given in (table, tmp_path / "table.json", str(tmp_path / "table.json")):
+        result = sepress.prune(
+            net, calibration=images(), target_latency=0.8, latency_table=given, round_to=1, min_width=1
+        )
+        assert any("by a given table" in note for note in result.report.notes)
+        plans.append(result.plan)
+    assert plans[0] == plans[1] == plans[2]
+    times = [table.predict_ns(coupling, removed) for removed in ({}, plans[0].removed)]
+    assert plans[0].latency_ratio == times[1] / times[0]
+    assert 0.7 < plans[0].latency_ratio <= 0.8
+
+
+def test_a_table_of_another_net_is_refused() -> None:
+    other = small_net(width=8)
+    table = coarse_table(trace(other, images(1)))
+    with pytest.raises(InputError, match="the latency table is of another net"):
+        sepress.prune(small_net(), calibration=images(), target_latency=0.8, latency_table=table)
+
+
+def test_without_a_table_plans_are_weighed_by_the_coarse_one() -> None:
+    net = small_net()
+    plan = sepress.prune(net, calibration=images(), target_macs=0.5).plan
+    predict = predictor(trace(net, images(1)))
+    assert plan.latency_ratio == predict(plan.removed) / predict({})

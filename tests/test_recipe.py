@@ -302,6 +302,14 @@ require: [top1<=2, top1_drop<=0.01]
         ("stages=[{prune: {ratio: 0.3, steps: 2}}]", "steps lead to target_macs or target_params"),
         ("stages=[{prune: {within: top1>=0.9, steps: 2}}]", "steps lead to target_macs or target_params"),
         ("stages=[{prune: {target_macs: 0.3, step_epochs: 1}}]", "step_epochs lie between steps"),
+        ("stages=[{prune: {target_latency: 0.5, steps: 2}}]", "steps lead to target_macs or target_params"),
+        ("stages=[{prune: {ratio: 0.3, target_latency: 0.5}}]", "given: ratio and target_latency"),
+        ("stages=[{prune: {target_latency: 1.2}}]", "target_latency: should be less than 1"),
+        (
+            "stages=[{prune: {target_macs: 0.5, latency_table: t.json, steps: 2}}]",
+            "a latency table is of one net, and steps plan on several",
+        ),
+        ("stages=[{prune: {plan: p, latency_table: t.json}}]", "it takes no latency_table"),
         ("stages=[{prune: {plan: p, steps: 2}}]", "a plan says what is removed: it takes no steps"),
         ("stages.prune.ratio=.nan", "should be a finite number"),
         ("stages.prune.criterion=magic", "should be 'auto', 'fisher-reconstruction'"),
@@ -422,6 +430,10 @@ def test_amp_off_is_the_word(write: Any) -> None:
         (["data=torchvision:CIFAR11"], "'CIFAR11' is not a classification data set of torchvision"),
         (["data=null"], "there are no images: timm:seresnet50 is a name"),
         (["stages=[{prune: {plan: gone.json}}]"], "there is no plan gone.json"),
+        (
+            ["stages=[{prune: {target_latency: 0.5, latency_table: gone.json}}]"],
+            "there is no latency table gone.json",
+        ),
     ],
 )
 def test_what_is_missing_is_said_before_anything_is_loaded(

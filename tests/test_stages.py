@@ -8,12 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 
 from sepress import cutting, job, pruning, stages
 from sepress.bundle import load_bundle
+from sepress.costs import coarse_table
+from sepress.coupling import trace
 from sepress.errors import CheckError, InputError
 from sepress.recipe import Recipe
 from sepress.report import report_to_json
@@ -429,6 +432,36 @@ def test_the_whole_job_runs_by_mean_excitation_and_says_what_judged_the_rest(
     folding = report.checks["folded_equals_constant"]
     assert (folding.passed, folding.reason) == (None, "no gate was folded in this run")
     assert all(check.passed for check in report.checks.values() if check is not folding)
+
+
+def test_a_latency_table_is_planned_by_kept_and_refused_of_another_net_before_anything_is_measured(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = load_bundle(model).net
+    table = coarse_table(trace(net, torch.zeros(1, 1, 28, 28)))
+    table = replace(table, block=np.ones(len(table.block), int), fixed=np.zeros(len(table.block)))
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(table.to_json()))
+
+    def by_table(folder: str) -> Any:
+        options = {"target_latency": 0.9, "round_to": 4, "min_width": 4, "calibration_images": 64}
+        what = recipe(
+            {"prune": {**options, "latency_table": str(path)}}, model={"source": str(model)}, device="cpu"
+        )
+        return stages.run_recipe(what, out=tmp_path / folder)
+
+    outcome = by_table("run")
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["latency_ratio"] <= 0.9
+    assert json.loads((tmp_path / "run" / "latency.json").read_text()) == table.to_json()
+    assert any("by a given table" in note for note in outcome.report.notes)
+    path.write_text(json.dumps({**table.to_json(), "overhead_ns": 1.0}))
+    with pytest.raises(InputError, match="another latency table"):
+        by_table("run")
+    path.write_text(json.dumps({**table.to_json(), "net": "0" * 64}))
+    monkeypatch.setattr(stages, "judge", None)  # nothing is measured
+    with pytest.raises(InputError, match="of another net"):
+        by_table("other")
 
 
 POLARISE = {"polarise": {"epochs": 1, "lr": 0.02, "warmup_epochs": 0.1, "strength": 3.0}}

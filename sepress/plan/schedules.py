@@ -38,7 +38,14 @@ def build_schedule(
     else:
         counts = _counts(coupling, policy, latency)
         together = _together(ladders, coupling if latency else None)
-        keys = [[(price,) for price in _prices(alike, ranking, counts)] for alike in together]
+        place = {ladder.name: position for position, ladder in enumerate(ladders)}
+        keys = [  # steps of one price go ladder by ladder; of ladders that step together, step by step
+            [
+                (price, min(place[ladder.name] for ladder in alike), step)
+                for step, price in enumerate(_prices(alike, ranking, counts))
+            ]
+            for alike in together
+        ]
     return _in_order(keys, range(len(ladders)))
 
 
