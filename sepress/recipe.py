@@ -457,7 +457,8 @@ class Recipe(Settings):
         for before, after in wrong:
             raise ValueError(
                 f"'{after}' can't follow '{before}'; the order is train, polarise, rank, prune, "
-                "finetune, then evaluate and export; fold stands anywhere between polarise and evaluate"
+                "finetune, then evaluate and export, precision after export; fold stands anywhere between "
+                "polarise and evaluate"
             )
         if "precision" in kinds and "export" not in kinds[: kinds.index("precision")]:
             raise ValueError("'precision' converts the file that 'export' writes: put an export before it")
@@ -606,8 +607,12 @@ def check_inputs(recipe: Recipe, *, images: bool = True) -> None:
     for stage in recipe.stages:
         if isinstance(stage, PruneStage) and stage.plan and not Path(stage.plan).is_file():
             raise InputError(f"there is no plan {stage.plan}", remedy=_RELATIVE)
-        if isinstance(stage, PruneStage) and stage.latency_table and not Path(stage.latency_table).is_file():
-            raise InputError(f"there is no latency table {stage.latency_table}", remedy=_RELATIVE)
+        if isinstance(stage, PruneStage) and stage.latency_table:
+            if not Path(stage.latency_table).is_file():
+                raise InputError(f"there is no latency table {stage.latency_table}", remedy=_RELATIVE)
+            from sepress.costs import read_table
+
+            read_table(Path(stage.latency_table))  # what is no table is told before a run folder is made
 
 
 def _check_name(source: str) -> None:

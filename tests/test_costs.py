@@ -25,6 +25,7 @@ from sepress.costs import (
 from sepress.coupling import Coupling, trace
 from sepress.coupling.groups import Layers
 from sepress.errors import InputError
+from sepress.recipe import check_inputs, load_recipe
 
 
 def traced(name: str) -> Coupling:
@@ -202,3 +203,19 @@ def test_a_file_that_is_no_table_is_an_input_error(text: str, tmp_path: Path) ->
         read_table(path)
     with pytest.raises(InputError, match="can't be read"):
         read_table(tmp_path / "gone.json")
+
+
+def test_a_file_that_is_no_table_is_told_before_a_run_folder_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    Path("table.json").write_text("no JSON", encoding="utf-8")
+    Path("r.yaml").write_text(
+        "{name: r, model: timm:seresnet50, data: photos,"
+        " stages: [{prune: {target_latency: 0.5, latency_table: table.json}}]}",
+        encoding="utf-8",
+    )
+    recipe = load_recipe("r.yaml")
+    with pytest.raises(InputError, match=r"table.json can't be read"):
+        check_inputs(recipe)
