@@ -250,7 +250,7 @@ def _float_gates(
         errors.append((_first_output(alone, images) - expected).double().square().mean().item())
     loudest = fewest_loud(errors)
     if 0 < len(loudest) < len(gates):
-        yield f"the {len(loudest)} gates of {len(gates)} that add most error", [gates[i] for i in loudest]
+        yield f"the {len(loudest)} of {len(gates)} gates that add most error", [gates[i] for i in loudest]
     yield f"all {len(gates)} gates", gates
 
 

@@ -475,7 +475,7 @@ def test_the_most_gates_that_are_accepted_are_folded_the_cheapest_first() -> Non
     assert result.gates[1].reason == "the constraint"
     assert result.params_before - result.params_after == 8 * 4 + 4 + 4 * 8 + 8
     notes = result.notes()
-    assert notes[0].startswith("1 of 3 gates folded; 76 parameters came back")
+    assert notes[0].startswith("1 of 3 gates folded; 76 parameters fewer")
     assert notes[1] == "tried: 3 gates, not accepted; 2 gates, not accepted; 1 gate, accepted"
     assert "3.se folded: its constant multiplies the layer before it (3.conv.1.weight" in notes[2]
     assert "stays: the constraint" in notes[3]

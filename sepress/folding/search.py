@@ -69,7 +69,7 @@ class FoldResult:
         """What happened, in words: the whole first, then gate by gate."""
         saved = self.params_before - self.params_after
         whole = (
-            f"{len(self.folded)} of {_gates(len(self.gates))} folded; {saved:,} parameters came back "
+            f"{len(self.folded)} of {_gates(len(self.gates))} folded; {saved:,} parameters fewer "
             f"({saved / self.params_before:.1%})"
         )
         tried = [f"tried: {'; '.join(self.tried)}"] if self.tried else []
