@@ -68,6 +68,18 @@ PLAN = PruningPlan(
     notes=("UNTRAINED: the net has random weights",),
 )
 
+TABLE = {  # of a net of one layer
+    "schema": "sepress.latency-table/1",
+    "net": "0" * 64,
+    "overhead_ns": 0.0,
+    "layers": {
+        **dict.fromkeys(("block", "fixed", "per_product", "per_ragged"), [1.0]),
+        "per_channel": [[1.0]],
+    },
+    "conditions": {},
+    "validation": {},
+}
+
 
 @dataclass
 class Stages:
@@ -135,11 +147,11 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stages:
         "model-pruned/pruned.pt",
         "s0.pt",
         "photos/a.png",
-        "table.json",
     ):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.touch()
+    (tmp_path / "table.json").write_text(json.dumps(TABLE))
     recipe = "model: model.pt\nstages:\n  - prune: {ratio: 0.3}\n"
     (tmp_path / "recipe.yaml").write_text(recipe)
     run = tmp_path / "runs/quickstart"
@@ -256,12 +268,11 @@ def test_prune_searches_within_a_constraint_or_goes_in_steps(stages: Stages) -> 
     assert stepping.stages[0] == PruneStage(target_macs=0.3, steps=3, step_epochs=1)
 
 
-def test_prune_takes_a_target_in_latency_and_the_table_to_plan_it_by(stages: Stages, tmp_path: Path) -> None:
-    (tmp_path / "t.json").write_text("{}")
-    done = call(f"prune model.pt --target-latency 0.6 --latency-table {tmp_path / 't.json'}")
+def test_prune_takes_a_target_in_latency_and_the_table_to_plan_it_by(stages: Stages) -> None:
+    done = call("prune model.pt --target-latency 0.6 --latency-table table.json")
     assert done.exit_code == 0, done.output
     cut = stages.recipes[0].stages[0]
-    assert (cut.target_latency, cut.latency_table) == (0.6, str(tmp_path / "t.json"))  # type: ignore[union-attr]
+    assert (cut.target_latency, cut.latency_table) == (0.6, "table.json")  # type: ignore[union-attr]
 
 
 def test_profile_of_a_name_asks_for_no_weights_and_no_images_and_says_its_error(stages: Stages) -> None:
@@ -411,6 +422,11 @@ def test_defaults_in_the_help_are_the_recipes() -> None:
         ("prune model.pt --ratio 0.3 --input-size 3,x", "--input-size: expected a number"),
         ("prune model.pt --ratio 0.3 --device tpu", "--device: "),
         ("prune model.pt --plan gone.json", "there is no plan gone.json"),
+        ("prune model.pt --target-latency 0.5 --latency-table gone.json", "there is no latency table gone"),
+        (
+            "prune model.pt --target-latency 0.5 --latency-table recipe.yaml",
+            "recipe.yaml can't be read",
+        ),
         ("prune model.pt --plan model-pruned/plan.json --ratio 0.3", "it takes no ratio"),
         ("prune model.pt --plan model-pruned/plan.json --criterion contribution", "it takes no criterion"),
         (
