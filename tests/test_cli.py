@@ -73,7 +73,7 @@ TABLE = {  # of a net of one layer
     "net": "0" * 64,
     "overhead_ns": 0.0,
     "layers": {
-        **dict.fromkeys(("block", "fixed", "per_product", "per_ragged"), [1.0]),
+        **{name: [1.0] for name in ("block", "fixed", "per_product", "per_ragged")},
         "per_channel": [[1.0]],
     },
     "conditions": {},
