@@ -35,15 +35,18 @@ class StageRecord:
 class RunFolder:
     """The folder of one run; continues where an earlier run of the same recipe and inputs stopped."""
 
-    def __init__(self, path: Path, *, recipe_text: str, inputs: Mapping[str, str]) -> None:
+    def __init__(
+        self, path: Path, *, recipe_text: str, inputs: Mapping[str, str], claimed: bool = False
+    ) -> None:
         """Create the folder, or open it for the same inputs; InputError where it belongs to others.
 
         `inputs` are digests of all that results depend on, by what they are ('recipe', 'data', ...).
+        `claimed` says that the folder was made empty for this run, to hold its name.
         """
         self.path = path
         self.inputs = dict(inputs)
         self._records: list[StageRecord] = []
-        self._new = not path.exists()
+        self._new = claimed or not path.exists()
         try:
             if (path / STATE).exists():
                 self._records = _read_records(path / STATE, self.inputs)

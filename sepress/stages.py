@@ -298,9 +298,11 @@ def run_recipe(recipe: Recipe, *, out: Path | None = None, dry_run: bool = False
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     job = Job(recipe)
-    path = out or (Path(recipe.out) if recipe.out else new_folder(_default_folder(recipe)))
+    named = out or (Path(recipe.out) if recipe.out else None)
+    path = named or new_folder(_default_folder(recipe))
     inputs = {"recipe": recipe_digest(recipe), **job.inputs}
-    job.folder = RunFolder(path, recipe_text=effective_yaml(recipe), inputs=inputs)
+    text = effective_yaml(recipe)
+    job.folder = RunFolder(path, recipe_text=text, inputs=inputs, claimed=named is None)
     console.log(f"run folder: {path}")
     try:
         return _dry_run(job) if dry_run else _run_stages(job)

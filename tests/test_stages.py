@@ -308,6 +308,7 @@ def test_what_is_refused_leaves_no_folder(model: Path, tmp_path: Path) -> None:
         recipe(PRUNE, model={"source": str(tmp_path / "missing.pt")}),
         prune_recipe(model, data={"path": str(tmp_path / "nowhere")}),
         recipe({"prune": {"plan": str(tmp_path / "no-plan.json")}}, model={"source": str(model)}),
+        recipe({"fold": {"gates": ["nothing"]}}, model={"source": str(model)}),  # known once it is loaded
     ):
         with pytest.raises(InputError):
             stages.run_recipe(wrong)
