@@ -22,8 +22,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from sepress import console
-from sepress.errors import InputError, SepressError
-from sepress.files import replacing
+from sepress.errors import InputError
+from sepress.export import write_model
 from sepress.runtime import check_single_runtime, open_session
 
 CalibrationMethod = Literal["minmax", "entropy", "percentile"]
@@ -138,15 +138,7 @@ def _write(model: onnx.ModelProto, source: onnx.ModelProto, out: Path, *, precis
     model.producer_name, model.producer_version = source.producer_name, source.producer_version
     properties = {entry.key: entry.value for entry in source.metadata_props}
     helper.set_model_props(model, properties | {"sepress.precision": precision})
-    with replacing(out) as temporary:
-        onnx.save(model, temporary)
-        try:
-            onnx.checker.check_model(temporary, full_check=True)
-        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-            raise SepressError(
-                f"the {precision} file is not valid ONNX: {str(error).strip().splitlines()[0]}",
-                remedy="It was not written. Please report this net.",
-            ) from error
+    write_model(model, out)
 
 
 # ---- float16: what does not fit --------------------------------------------------------------------

@@ -253,7 +253,7 @@ def prune(
     read more than once (a DataLoader, a list) of such tensors or of (inputs, targets) pairs; targets are
     needed by the criteria that use labels only. Exactly one target is given: `ratio` of prunable channels
     removed, or the share of the base's MACs, parameters or latency to keep. A latency is planned for by
-    `latency_table` (a table of sepress.profile_latency, or its file), or else timed on this machine. With
+    `latency_table` (or the file of one that `sepress profile` wrote), or else timed on this machine. With
     `compensate`, layers that read what goes are refitted on the same inputs; batch norm always is.
     Fine-tuning is yours. Raises InputError for what can't be used and CheckError where the pruned net does
     not equal the masked one.
