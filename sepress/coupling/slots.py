@@ -135,6 +135,18 @@ class SlotTable:
                 indices[dim], memory = np.divmod(memory, strides[dim])
         return indices
 
+    def touched(self, elements: Tensor) -> Ids:
+        """Return the slots, on every axis, of these elements of parameters."""
+        known = np.unique(elements[elements > 0].numpy())
+        numbers = np.searchsorted(self._first_element, known, "right") - 1
+        slots = [np.zeros(0, np.int64)]
+        for number in np.unique(numbers).tolist():
+            indices = self._indices(number, known[numbers == number] - self._first_element[number])
+            slots += [
+                first + np.unique(i) for first, i in zip(self.first_slot[number], indices, strict=True)
+            ]
+        return np.concatenate(slots)
+
     def every_slot(self, number: int) -> Ids:
         """Return all slots of one parameter."""
         first = self.first_slot[number]

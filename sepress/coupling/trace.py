@@ -306,10 +306,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.facts.freeze(ids, why + where)
 
     def freeze_parameter(self, x: Tensor, why: str) -> None:
-        for axis in range(x.dim()):
-            slots = self.slots_along(x, axis)
-            if slots is not None:
-                self.freeze(slots, why)
+        """Freeze all slots of the elements that a tensor is a view of, or was computed from."""
+        self.freeze(self.slots.touched(self.elements(x)), why)
 
     def count_macs(
         self, constant: int, *lengths: np.ndarray | int, kind: LayerKind = "linear", groups: int = 1
