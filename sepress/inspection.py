@@ -6,17 +6,63 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
-from sepress.coupling import Coupling, trace
+from sepress.coupling import NETWORK_OUTPUT, Coupling, trace
 from sepress.device import seeded
 from sepress.measure import count_params
-from sepress.types import JSON, Bundle
+from sepress.types import JSON, Bundle, CouplingGroup, Role
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 SCHEMA = "sepress.inspection/1"
+
+
+@dataclass(frozen=True)
+class ChannelShares:
+    """Output channels of a net's convolutions and linear layers, counted once for each layer that makes them.
+
+    Where layers are coupled, each one's channels count: what surgery moves are the channels of layers. A
+    layer whose channels nothing follows (its weight is computed in the forward) counts as frozen. What
+    the net returns is counted apart, since no pruning may change it; the shares leave it out.
+    """
+
+    gated: int  # in a group that a gate judges
+    ungated: int  # in a group without a gate
+    se_hidden: int  # inside a gate's own branch
+    frozen: int  # can't be removed, outputs apart
+    outputs: int  # what the net returns
+
+    @property
+    def total(self) -> int:
+        """All but the outputs."""
+        return self.gated + self.ungated + self.se_hidden + self.frozen
+
+    @property
+    def free(self) -> float:
+        """The share of `total` that pruning may remove; 1 for a net that has nothing but outputs."""
+        return 1 - self.share("frozen") if self.total else 1.0
+
+    def share(self, role: Role) -> float:
+        """The fraction of `total` in that role; 0 for a net that has nothing but outputs."""
+        count: int = getattr(self, role)
+        return count / max(1, self.total)
+
+
+def channel_shares(coupling: Coupling) -> ChannelShares:
+    """Count the output channels of every producer by the role of the group that they belong to."""
+    made = Counter(dict.fromkeys(("gated", "ungated", "se_hidden", "frozen", "outputs"), 0))
+    for producer in coupling.producers:
+        for number, channels in zip(*np.unique(producer.group, return_counts=True), strict=True):
+            made[_place(coupling.groups[number]) if number >= 0 else "frozen"] += int(channels)
+    return ChannelShares(**made)
+
+
+def _place(group: CouplingGroup) -> str:
+    is_output = any(reason.what == NETWORK_OUTPUT for reason in group.reasons)
+    return "outputs" if is_output else group.role
 
 
 @dataclass(frozen=True)

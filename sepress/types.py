@@ -135,6 +135,17 @@ class Member:
 
 
 @dataclass(frozen=True)
+class Reason:
+    """Why channels can't be removed: what met them, and in which module."""
+
+    what: str  # as the rule puts it: "split at sizes written in the code"
+    module: str = ""  # dotted path; "" where no one module is to blame
+
+    def __str__(self) -> str:
+        return self.what + (f" in '{self.module}'" if self.module else "")
+
+
+@dataclass(frozen=True)
 class CouplingGroup:
     """Channels that can only go together with all their slots, one unit at a time.
 
@@ -149,11 +160,26 @@ class CouplingGroup:
     producers: tuple[str, ...]
     gates: tuple[str, ...]  # names of the gates that judge its channels
     members: tuple[Member, ...]
-    frozen_because: str | None = None
+    reasons: tuple[Reason, ...] = ()  # of a frozen group, in the order in which they were met
 
     @property
     def unit_width(self) -> int:
         return self.width // max(1, self.units)
+
+    @property
+    def frozen_because(self) -> str | None:
+        """The reasons in words, three at most; None for a group that is not frozen."""
+        more = f" (and {len(self.reasons) - 3} more reasons)" if len(self.reasons) > 3 else ""
+        return "; ".join(map(str, self.reasons[:3])) + more if self.reasons else None
+
+
+@dataclass(frozen=True)
+class Producer:
+    """A convolution or linear layer that ran, and the group that each of its output channels belongs to."""
+
+    module: str  # dotted path
+    group: np.ndarray  # (output channels,) int: index into Coupling.groups, -1 for none
+    reason: Reason | None = None  # why its channels belong to none: nothing could follow them
 
 
 @dataclass(frozen=True)

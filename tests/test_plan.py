@@ -29,7 +29,7 @@ from sepress.plan import (
     smallest_macs,
 )
 from sepress.plan.structure import classes, structure
-from sepress.types import CouplingGroup, Member, Policy, PruningPlan, Ranking
+from sepress.types import CouplingGroup, Member, Policy, PruningPlan, Ranking, Reason
 
 SEEDS = range(12)
 OVER_GROUPS = [scope for scope in SCOPES if scope not in ("auto", "per-group")]
@@ -40,7 +40,7 @@ def group(name: str, width: int, *, units: int | None = None, role: str = "ungat
     member = Member(
         f"{name}.weight", 0, np.arange(count), np.arange(count)
     )  # arrays: groups can't be compared
-    because = "the output" if role == "frozen" else None
+    because = (Reason("the output"),) if role == "frozen" else ()
     gates = (f"{name}.gate",) if role == "gated" else ()
     return CouplingGroup(name, role, width, count, (name, f"{name}.twin"), gates, (member,), because)  # type: ignore[arg-type]
 

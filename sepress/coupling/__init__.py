@@ -3,8 +3,10 @@
 from sepress.coupling.check import check_removal
 from sepress.coupling.groups import Coupling, find_gates, find_groups, trace
 from sepress.coupling.surgery import apply_patch, apply_removal, attribute_patches, sync_attributes
+from sepress.coupling.trace import NETWORK_OUTPUT
 
 __all__ = [
+    "NETWORK_OUTPUT",
     "Coupling",
     "apply_patch",
     "apply_removal",

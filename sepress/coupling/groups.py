@@ -18,7 +18,7 @@ from sepress.coupling.slots import FIRST_SLOT, NONE, PADDING, owner_of
 from sepress.coupling.tags import TaggedInt
 from sepress.coupling.trace import Inputs, LayerKind, Operation, Product, Tracer, run_tracer, traceable
 from sepress.errors import InputError
-from sepress.types import CouplingGroup, Gate, Member, Reader, Removed, Role
+from sepress.types import CouplingGroup, Gate, Member, Producer, Reader, Reason, Removed, Role
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +115,7 @@ class Coupling:
 
     gates: tuple[Gate, ...]
     groups: tuple[CouplingGroup, ...]
+    producers: tuple[Producer, ...]
     readers: tuple[Reader, ...]
     shapes: Mapping[str, tuple[int, ...]]  # parameters and buffers, first name where tied
     parameters: frozenset[str]  # which of shapes are parameters
@@ -179,7 +180,7 @@ class Coupling:
         for name in reasons:
             self.group(name)
         groups = tuple(
-            replace(group, role="frozen", frozen_because=group.frozen_because or reasons[group.name])
+            replace(group, role="frozen", reasons=group.reasons or (Reason(reasons[group.name]),))
             if group.name in reasons
             else group
             for group in self.groups
@@ -240,9 +241,9 @@ class _Builder:
         self.group_of = np.full(tracer.slots.size, -1)
         self.unit_of = np.full(tracer.slots.size, -1)
 
-    def _frozen_labels(self) -> dict[int, list[str]]:
-        reasons: dict[int, list[str]] = defaultdict(list)
-        reasons[int(self.label[PADDING])] = ["meets zeros padded beside its channels"]
+    def _frozen_labels(self) -> dict[int, list[Reason]]:
+        reasons: dict[int, list[Reason]] = defaultdict(list)
+        reasons[int(self.label[PADDING])] = [Reason("meets zeros padded beside its channels")]
         for ids, why in self.t.facts.frozen:
             for label in np.unique(self.label[ids]).tolist():
                 if why not in reasons[label]:
@@ -321,7 +322,9 @@ class _Builder:
                     producers=producers,
                     gates=(),
                     members=members[number],
-                    frozen_because=self._why(labels),
+                    reasons=tuple(
+                        dict.fromkeys(why for label in labels for why in self.reasons.get(label, ()))
+                    ),
                 )
             )
         assert slots.size == len(self.group_of)
@@ -345,13 +348,6 @@ class _Builder:
             return "frozen"
         made = [m for m in self.t.producers if int(self.t.slots.axis_of[m.slots[0]]) in axes]
         return "se_hidden" if all(m.mark is not None and m.mark.in_gate for m in made) else "ungated"
-
-    def _why(self, labels: list[int]) -> str | None:
-        reasons = list(dict.fromkeys(why for label in labels for why in self.reasons.get(label, ())))
-        if not reasons:
-            return None
-        more = f" (and {len(reasons) - 3} more reasons)" if len(reasons) > 3 else ""
-        return "; ".join(reasons[:3]) + more
 
     def gates(self, groups: list[CouplingGroup]) -> tuple[Gate, ...]:
         """Name each found gate and its group: the one that most of its channels belong to."""
@@ -379,6 +375,17 @@ class _Builder:
                 role: Role = "frozen" if group.role == "frozen" else "gated"
                 groups[number] = replace(group, gates=(*group.gates, gate.name), role=role)
         return tuple(gates)
+
+    def producers(self) -> tuple[Producer, ...]:
+        """Return every layer that makes channels, in module order, and then those that nothing follows."""
+        followed = [
+            Producer(self._module(axis), self.group_of[self._slots_of_axis(axis)])
+            for axis in self.producer_axes
+        ]
+        opaque = [
+            Producer(module, np.full(channels, -1), why) for module, (channels, why) in self.t.opaque.items()
+        ]
+        return (*followed, *opaque)
 
     def readers(self) -> tuple[Reader, ...]:
         return tuple(
@@ -423,6 +430,7 @@ class _Builder:
         return Coupling(
             gates=gates,
             groups=tuple(groups),
+            producers=self.producers(),
             readers=self.readers(),
             shapes=dict(zip(slots.names, slots.shapes, strict=True)),
             parameters=frozenset(slots.parameters),

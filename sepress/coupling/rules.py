@@ -174,6 +174,8 @@ def convolution(t: Tracer, op: Op) -> None:
         _grouped(t, op, ids, made, groups)
     else:
         _dense_input(t, t.slots_along(weight, in_axis), ids, 1)
+    if why is not None:
+        t.add_opaque(output.size(1), why)
     if made is None or why is not None:
         t.write(output, no_ids(output.shape))
         return
@@ -263,6 +265,7 @@ def matrix_product(t: Tracer, op: Op) -> None:
         why = None
     if why is not None:
         _freeze_layer(t, no_ids(x.shape) if t.is_parametric(x) else ids, [x, weight], why)
+        t.add_opaque(output.size(0 if t.is_parametric(x) else 1), why)
         t.write(output, no_ids(output.shape))
         return None
     _dense_input(t, reads, ids, 1)

@@ -14,6 +14,8 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
+from sepress.types import Reason
+
 NONE = 0  # an element that no slot made: images and constants
 PADDING = 1  # zeros that a pad put beside channels; their number is written in the code
 FIRST_SLOT = 2
@@ -171,7 +173,7 @@ class Facts:
         self._left: list[Ids] = []
         self._right: list[Ids] = []
         self._counts: list[tuple[Ids, Ids, int, int]] = []
-        self.frozen: list[tuple[Ids, str]] = []
+        self.frozen: list[tuple[Ids, Reason]] = []
 
     def unify(self, a: Ids, b: Ids) -> None:
         """State that a[i] and b[i] are one channel, for every i; elements without an id say nothing."""
@@ -186,7 +188,7 @@ class Facts:
         for row in rows[1:]:
             self.unify(rows[0], row)
 
-    def freeze(self, ids: Ids | Iterable[int], why: str) -> None:
+    def freeze(self, ids: Ids | Iterable[int], why: Reason) -> None:
         """State that none of these ids can be removed."""
         ids = np.unique(np.asarray(ids))
         ids = ids[ids >= FIRST_SLOT].astype(np.int64)
@@ -206,7 +208,7 @@ class Facts:
             self._unify_counts(source, ids, parts, times)
             labels = self._connected(size)
             if not _counts_follow(labels[source], labels[ids], parts, times):
-                self.freeze(np.concatenate([source, ids]), "a size computed in the code")
+                self.freeze(np.concatenate([source, ids]), Reason("a size computed in the code"))
         return labels
 
     def _unify_counts(self, source: Ids, ids: Ids, parts: int, times: int) -> None:

@@ -40,7 +40,7 @@ from sepress.coupling.tags import AttributeSource, SizeSource, TaggedInt, tagged
 from sepress.device import kept_random_state
 from sepress.errors import InputError
 from sepress.modes import evaluating
-from sepress.types import CallSite
+from sepress.types import CallSite, Reason
 
 Inputs = Tensor | tuple[Tensor, ...]
 READING_CALLS = names(
@@ -111,6 +111,8 @@ class ReadBy:
     mark: Mark | None
 
 
+NETWORK_OUTPUT = "network output"  # the reason that freezes what the net returns
+
 # Convolutions by their kernel and groups, and matrix products.
 LayerKind = Literal["pointwise", "spatial", "grouped", "depthwise", "linear"]
 
@@ -138,6 +140,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.operations: list[Operation] = []
         self.products: list[Product] = []
         self.producers: list[MadeBy] = []
+        self.opaque: dict[str, tuple[int, Reason]] = {}  # layer -> output channels that nothing follows, why
         self.readers: list[ReadBy] = []
         self.claims: dict[AttributeSource, tuple[np.ndarray, TaggedInt]] = {}
         self.group_counts: dict[str, np.ndarray] = {}  # depthwise module -> ids of its input
@@ -302,8 +305,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self.modules[-1] if self.modules else ""
 
     def freeze(self, ids: np.ndarray, why: str) -> None:
-        where = f" in '{self.module}'" if self.module else ""
-        self.facts.freeze(ids, why + where)
+        self.facts.freeze(ids, Reason(why, self.module))
 
     def freeze_parameter(self, x: Tensor, why: str) -> None:
         """Freeze all slots of the elements that a tensor is a view of, or was computed from."""
@@ -319,6 +321,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def add_producer(self, op: Op, slots: np.ndarray) -> None:
         self.producers.append(MadeBy(slots, self.gates.marks.get(_data_of(op))))
+
+    def add_opaque(self, channels: int, why: str) -> None:
+        """Note a layer whose output channels get no ids, so that they are counted as frozen."""
+        self.opaque[self.module] = channels, Reason(why, self.module)
 
     def add_reader(self, op: Op, x: Tensor, weight: Tensor, axis: int, groups: int, transposed: bool) -> None:
         """Note a layer that reads ids, if the call that runs it is one that a tap can see."""
@@ -548,11 +554,12 @@ def run_tracer(net: nn.Module, inputs: Inputs) -> Tracer:
             ) from error
     for output in tree_leaves(outputs):
         if isinstance(output, Tensor) and output in tracer.shadows:
-            tracer.facts.freeze(distinct(tracer.ids(output)), "network output")
+            tracer.facts.freeze(distinct(tracer.ids(output)), Reason(NETWORK_OUTPUT))
     return tracer
 
 
 __all__ = [
+    "NETWORK_OUTPUT",
     "Inputs",
     "Operation",
     "Product",
