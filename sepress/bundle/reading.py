@@ -8,16 +8,18 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sepress.bundle import formats
 from sepress.bundle.header import FORMAT
 from sepress.errors import InputError
 from sepress.models import current_folder_importable
@@ -48,31 +50,33 @@ def read_file(path: Path, *, trust_pickle: bool = False, peek: bool = False) -> 
     try:
         head = _head(path)
         if head.startswith(b"PK\x03\x04"):
-            _check_archive(path)
+            try:
+                formats.check_archive(path)
+            except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+                raise _damaged(path, error) from error
             return _read_torch(path, trust_pickle=trust_pickle, peek=peek)
         if int.from_bytes(head[:8], "little") <= path.stat().st_size - 8 and head[8:9] == b"{":
             return _read_safetensors(path, peek=peek)
-        if path.suffix == ".safetensors":
-            raise _damaged(path, "it does not begin like a safetensors file")
-        if head[:1] == b"\x80":  # a pickle, as torch wrote files before 1.6
+        if head.startswith(_LEGACY):
             return _read_torch(path, trust_pickle=trust_pickle, peek=False)
+        if head.startswith(b"\x80"):  # pickle.dump(net, file), which torch can't read
+            if not trust_pickle:
+                raise _needs_trust(path, [])
+            return ForeignFile(_run_pickle(path, pickle.load))
+        formats.refuse_by_content(path)
     except OSError as error:
         raise InputError(f"{path}: can't be read: {error.strerror or error}") from error
-    if path.suffix == ".onnx":
-        raise InputError(
-            f"{path}: an ONNX graph can't be pruned or trained",
-            remedy="Pass the model it was exported from.",
-        )
-    raise InputError(f"{path}: not a model file", remedy="Expected a .pt, .pth or .safetensors file.")
 
 
 def _head(path: Path) -> bytes:
     if not path.exists():
         raise InputError(f"{path}: there is no such file")
     if not path.is_file():
+        formats.check_folder(path)
         raise InputError(f"{path}: it is not a file", remedy="Pass the model file inside it.")
+    formats.check_name(path)
     with path.open("rb") as file:
-        head = file.read(16)
+        head = file.read(64)
     if not head:
         raise InputError(f"{path}: the file is empty")
     return head
@@ -85,52 +89,23 @@ def _damaged(path: Path, why: object) -> InputError:
     )
 
 
-def _check_archive(path: Path) -> None:
-    """Tell torch's own zip files from its siblings, which hold programs."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise _damaged(path, error) from error
-    if any(re.search(r"(^|/)code/", name) for name in names):
-        raise InputError(
-            f"{path}: a TorchScript program can't be pruned or trained",
-            remedy="In the code that built it, save net.state_dict() and pass that file with --arch.",
-        )
-    if path.suffix == ".pt2" or any(
-        name.endswith(("archive_format", "serialized_exported_program.json", "models/model.json"))
-        for name in names
-    ):
-        raise InputError(
-            f"{path}: an exported program (torch.export) can't be pruned or trained",
-            remedy="In the code that built it, save net.state_dict() and pass that file with --arch.",
-        )
-    if not any(name.endswith("/data.pkl") for name in names):
-        raise InputError(f"{path}: a zip archive, but not one that torch.save wrote")
-
-
+# ---- pickles ------------------------------------------------------------------------------------
 def _read_torch(path: Path, *, trust_pickle: bool, peek: bool) -> NativeFile | ForeignFile:
     try:
-        # timm's and torchvision's training scripts keep their arguments in the checkpoint: plain values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=peek)
+        # Training scripts keep their arguments in the checkpoint: plain values, and the paths among them.
+        with torch.serialization.safe_globals([argparse.Namespace, *_PATHS]), path.open("rb") as file:
+            # an open file has no suffix for torch to go by, but can't be mapped
+            content = torch.load(path if peek else file, map_location="cpu", weights_only=True, mmap=peek)
     except OSError:
         raise
     except Exception as error:  # a reader of foreign bytes may raise anything
-        needs_code = isinstance(error, pickle.UnpicklingError) and re.search(
-            r"GLOBAL ([\w.]+)|(?:class|function) ([\w.]+)", str(error)
-        )
+        needs_code = isinstance(error, pickle.UnpicklingError) and _GLOBAL.search(str(error))
         if not needs_code:
             raise _damaged(path, error) from error
-        if trust_pickle:
-            content = _run_pickle(path)
-        else:
-            name = next(group for group in needs_code.groups() if group)
-            raise InputError(
-                f"{path}: the file is a pickle that runs code when it is read (it names {name})",
-                remedy="In the code that built it, save net.state_dict() and pass that file with --arch; "
-                "--trust-pickle runs the code, for files of your own.",
-            ) from error
+        if not trust_pickle:
+            first = next(group for group in needs_code.groups() if group)
+            raise _needs_trust(path, _unsafe_names(path) or [first]) from error
+        content = _run_pickle(path, _load_unsafely)
     if isinstance(content, dict) and str(content.get("format")).startswith("sepress.bundle/"):
         return _native(
             path, content["format"], content.get("meta"), content.get("digest"), content.get("tensors")
@@ -138,16 +113,59 @@ def _read_torch(path: Path, *, trust_pickle: bool, peek: bool) -> NativeFile | F
     return ForeignFile(content)
 
 
-def _run_pickle(path: Path) -> Any:
+_GLOBAL = re.compile(r"GLOBAL ([\w.]+)|(?:class|function) ([\w.]+)")
+_PATHS: list[Any] = [  # read as paths that touch no disk; the module depends on Python's version
+    (plain, f"{module}.{name}")
+    for module in ("pathlib", "pathlib._local")
+    for plain, name in ((PurePosixPath, "PosixPath"), (PureWindowsPath, "WindowsPath"))
+]
+
+
+def _unsafe_names(path: Path) -> list[str]:
+    """What a file of torch.save would import beyond tensors and plain values; nothing of it is run."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except ValueError:  # a file of before torch 1.6
+        return []
+
+
+def _needs_trust(path: Path, names: list[str]) -> InputError:
+    """The error for a pickle that is more than tensors and plain values."""
+    shards = [name for name in names if name.startswith("torch.distributed.")]
+    if shards:
+        return InputError(f"{path}: {formats.SHARDS[0]} (it names {shards[0]})", remedy=formats.SHARDS[1])
+    listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return InputError(
+        f"{path}: the file is a pickle that runs code when it is read"
+        + (f" (it names {listed})" if names else ""),
+        remedy=f"If you trust who made it, `sepress convert {path.name} --trust-pickle` makes a file that "
+        "runs nothing. If not, have net.state_dict() saved alone, and pass that with --arch.",
+    )
+
+
+def _load_unsafely(file: BinaryIO) -> Any:
+    return torch.load(file, map_location="cpu", weights_only=False)
+
+
+def _run_pickle(path: Path, load: Callable[[BinaryIO], Any]) -> Any:
     """The unsafe way in; only where the user typed --trust-pickle."""
     try:
-        with current_folder_importable():
-            return torch.load(path, map_location="cpu", weights_only=False)
+        with current_folder_importable(), warnings.catch_warnings(), path.open("rb") as file:
+            warnings.simplefilter("ignore")  # of classes whose source has changed
+            return load(file)
     except Exception as error:  # the pickle's own code may raise anything
+        remedy = "It needs the code that it was saved with, importable from the current folder."
+        if "__main__" in str(error):
+            remedy = (
+                "A class in it was defined in the script itself, where no other program finds it. In that "
+                "script, torch.save(net.state_dict(), 'weights.pt'), and pass weights.pt with --arch."
+            )
         raise InputError(
-            f"{path}: the pickle failed: {type(error).__name__}: {error}",
-            remedy="It needs the code that it was saved with, importable from the current folder.",
+            f"{path}: the pickle failed: {type(error).__name__}: {error}", remedy=remedy
         ) from error
+
+
+_LEGACY = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)  # how torch began files before 1.6
 
 
 def _read_safetensors(path: Path, *, peek: bool) -> NativeFile | ForeignFile:
