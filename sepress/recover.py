@@ -78,10 +78,18 @@ def recover(
 class _Layer:
     """One weight of the pruned net: the calls that use it, here and in the base, and sums over their rows."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, reader: Reader, surviving: np.ndarray) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        reader: Reader,
+        surviving: np.ndarray,
+        factors: np.ndarray | None,
+    ) -> None:
         self.weight, self.bias, self.reader = weight, bias, reader
         self.form: Form = form_of(weight, reader)
         self.surviving = torch.as_tensor(surviving)  # of the base's outputs, (O,) bool
+        self.factors = None if factors is None else torch.as_tensor(factors[surviving])  # of what survives
         self.plain = is_exact(reader, weight, self.form)  # until a call shows another
         self.chosen: dict[int, Tensor] = {}  # call -> the places that count, in the batch under way
         self.given: dict[int, Tensor] = {}  # call -> (B, R, O) of the base there
@@ -104,6 +112,8 @@ class _Layer:
         self.chosen[number] = choose_places(images, places // images, self.form, seed=seed)
         rows = rows_given(self.reader, call, self.chosen[number])  # (R, O)
         rows = rows[:, self.surviving.to(rows.device)]
+        if self.factors is not None:  # what surgery multiplied is to give so much more
+            rows = rows * self.factors.to(rows)
         self.given[number] = rows.reshape(len(rows), self.form.blocks, -1).transpose(0, 1)
 
     def see_own(self, number: int, call: ReaderCall) -> None:
@@ -148,7 +158,7 @@ class _Layer:
 
 def _layers(net: nn.Module, own: Coupling, coupling: Coupling, removed: Removed) -> list[_Layer]:
     modules = dict(net.named_modules())
-    before = readers_by_parameter(coupling)
+    before, factors = readers_by_parameter(coupling), coupling.factors(removed)
     layers = []
     for parameter, readers in readers_by_parameter(own).items():
         owner, _, name = parameter.rpartition(".")
@@ -160,7 +170,7 @@ def _layers(net: nn.Module, own: Coupling, coupling: Coupling, removed: Removed)
         bias = added[0] if added else None
         outputs = 1 - readers[0].dim if weight.dim() == 2 else 0
         surviving = _surviving(coupling, removed, parameter, outputs)
-        layers.append(_Layer(weight, bias, readers[0], surviving))
+        layers.append(_Layer(weight, bias, readers[0], surviving, factors.get((parameter, outputs))))
     return layers
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from sepress import console
 from sepress.calibrate import ExcitationStats
-from sepress.coupling import Coupling, apply_removal
+from sepress.coupling import Coupling, take_out
 from sepress.errors import InputError, SepressError
 from sepress.plan import plan_pruning
 from sepress.pruning import Surgery
@@ -65,7 +65,7 @@ def prune_in_steps(
         surgery = cut(here, replace(policy, **{target: asked}))
         surgeries.append(surgery)
         removed = compose(whole.groups, removed, surgery.plan.removed)
-        apply_removal(ledger, here.coupling, surgery.plan.removed)
+        take_out(ledger, here.coupling, surgery.plan.removed)
         console.log(
             f"step {step} of {steps}: {whole.count_macs(removed) / whole.count_macs({}):.1%} of the MACs"
         )
@@ -117,7 +117,7 @@ def _numbered(net: nn.Module) -> nn.Module:
 def _check_sum(first: Judged, removed: Removed, ledger: nn.Module) -> None:
     """Hold one cut of `removed` to what the steps' cuts left of the numbered copy, element by element."""
     once = _numbered(first.net)
-    apply_removal(once, first.coupling, removed)
+    take_out(once, first.coupling, removed)
     ours, theirs = once.state_dict(), ledger.state_dict()
     for name, t in ours.items():
         if not torch.equal(t, theirs[name]):

@@ -2,7 +2,13 @@
 
 from sepress.coupling.check import check_removal
 from sepress.coupling.groups import Coupling, find_gates, find_groups, trace
-from sepress.coupling.surgery import apply_patch, apply_removal, attribute_patches, sync_attributes
+from sepress.coupling.surgery import (
+    apply_patch,
+    apply_removal,
+    attribute_patches,
+    sync_attributes,
+    take_out,
+)
 from sepress.coupling.trace import NETWORK_OUTPUT
 
 __all__ = [
@@ -15,5 +21,6 @@ __all__ = [
     "find_gates",
     "find_groups",
     "sync_attributes",
+    "take_out",
     "trace",
 ]

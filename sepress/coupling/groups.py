@@ -33,6 +33,16 @@ class SizeUse:
 
 
 @dataclass(frozen=True, eq=False)
+class Factor:
+    """Entries of a parameter that are multiplied by the root of the share of `width` left: see scaling.py."""
+
+    parameter: str
+    dim: int
+    index: np.ndarray  # along dim
+    width: np.ndarray  # ids
+
+
+@dataclass(frozen=True, eq=False)
 class CostTable:
     """Sums of products of axis lengths, as a function of the units removed.
 
@@ -127,6 +137,7 @@ class Coupling:
         repr=False
     )  # of _macs' products; groups of convolutions
     _sizes: tuple[SizeUse, ...] = field(repr=False)
+    _factors: tuple[Factor, ...] = field(repr=False)
     _operations: tuple[Operation, ...] = field(repr=False)
 
     def group(self, name: str) -> CouplingGroup:
@@ -214,6 +225,22 @@ class Coupling:
         units = np.append(self._removed_units(removed), 0)  # -1 reads the last: stays
         result: np.ndarray = units[self._unit_of_slot].astype(bool)
         return result
+
+    def factors(self, removed: Removed) -> dict[tuple[str, int], np.ndarray]:
+        """Return what surgery multiplies entries by, along an axis of a parameter before the cut.
+
+        A change of an attention's head width changes the scale it has by default; what makes its queries
+        makes up for that.
+        """
+        gone = self.gone(removed)
+        found: dict[tuple[str, int], np.ndarray] = {}
+        for factor in self._factors:
+            left = float((~gone[factor.width]).mean())
+            if left < 1:
+                key = factor.parameter, factor.dim
+                by_index = found.setdefault(key, np.ones(self.shapes[factor.parameter][factor.dim]))
+                by_index[factor.index] = left**0.5
+        return found
 
     def _removed_units(self, removed: Removed) -> np.ndarray:
         first, marks = 0, np.zeros(sum(group.units for group in self.groups), np.int64)
@@ -419,6 +446,16 @@ class _Builder:
             for source, (ids, tag) in self.t.claims.items()
         )
 
+    def factors(self) -> tuple[Factor, ...]:
+        slots, found = self.t.slots, []
+        for rescaling in self.t.rescalings:
+            of_axis = slots.axis_of[rescaling.slots]
+            for axis in np.unique(of_axis).tolist():
+                parameter, dim = slots.axes[axis]
+                index = rescaling.slots[of_axis == axis] - self._first_of_axis(axis)
+                found.append(Factor(slots.names[parameter], dim, index, rescaling.width))
+        return tuple(found)
+
     def build(self) -> Coupling:
         groups = self.groups()
         gates = self.gates(groups)
@@ -440,6 +477,7 @@ class _Builder:
             _params=_cost_table(self.parameter_products(), unit_of_slot, units),
             _kinds=tuple((product.kind, product.groups) for product in self.t.products),
             _sizes=self.sizes(),
+            _factors=self.factors(),
             _operations=tuple(self.t.operations),
         )
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
+from sepress.coupling.scaling import ATTENTION
 from sepress.coupling.shadows import (
     along,
     broadcast_shape,
@@ -181,7 +182,7 @@ def convolution(t: Tracer, op: Op) -> None:
         return
     _bias(t, bias, made)
     t.write(output, from_slots(made, 1, output.dim()))
-    t.add_producer(op, made)
+    t.add_producer(op, made, weight, bias)
     if not depthwise:
         t.add_reader(op, x, weight, in_axis, groups, transposed)
 
@@ -274,7 +275,7 @@ def matrix_product(t: Tracer, op: Op) -> None:
     else:
         _bias(t, bias, makes)
         t.write(output, from_slots(makes, 1, 2))
-        t.add_producer(op, makes)
+        t.add_producer(op, makes, weight, bias)
     t.add_reader(op, x, weight, 0, 1, False)
     return None
 
@@ -321,7 +322,7 @@ def fused_attention(t: Tracer, op: Op) -> None:
     """softmax(q k^T) v: the widths of q and k meet, v's width passes on."""
     query, key, value = (t.ids(x) for x in op.args[:3])
     output = op.outputs[0]
-    if op.kwargs.get("scale") is None:
+    if op.kwargs.get("scale") is None and t.call_name() != ATTENTION:
         t.freeze(distinct(query, key), "attention scaled by its head width")
     if op.func.overloadpacket in flop_registry:  # torch's counter leaves the CPU's kernel out, so we do too
         scores = (*op.args[0].shape[:3], op.args[1].shape[2])
@@ -341,6 +342,7 @@ def batch_norm(t: Tracer, op: Op) -> None:
     ids = t.ids(op.inputs[0])
     _norm_parameters(t, op.inputs[1:], ids, (1,))
     t.write(op.outputs[0], ids)
+    _scaled_by_norm(t, op, 1, *op.args[1:3])
 
 
 def group_norm(t: Tracer, op: Op) -> None:
@@ -362,6 +364,15 @@ def layer_norm(t: Tracer, op: Op) -> None:
     if any(varies(ids, axis) for axis in axes):
         op.statistics = True
         t.claim_sizes([(ids.size(axis), line(ids, axis)) for axis in axes if varies(ids, axis)])
+    if len(axes) == 1:
+        _scaled_by_norm(t, op, axes[0], *op.args[2:4])
+
+
+def _scaled_by_norm(t: Tracer, op: Op, axis: int, gain: Tensor | None, bias: Tensor | None) -> None:
+    """A norm's gain and bias make what follows anew: a factor on both scales it."""
+    slots = t.slots_along(gain, 0) if gain is not None and t.is_parametric(gain) else None
+    if gain is not None and slots is not None:
+        t.scales.made_by(t, op.outputs[0], axis, slots, gain, bias)
 
 
 def _norm_parameters(t: Tracer, parameters: list[Tensor], ids: Tensor, axes: tuple[int, ...]) -> None:

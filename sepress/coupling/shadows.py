@@ -63,7 +63,7 @@ class Shadows:
     def __init__(self, dtype: torch.dtype = torch.int32) -> None:
         self._of: StorageMap[_Shadow] = StorageMap()
         self._dtype = dtype
-        self.sweep = self._of.sweep
+        self.sweep, self.drop = self._of.sweep, self._of.drop
 
     def __contains__(self, tensor: Tensor) -> bool:
         return tensor in self._of

@@ -144,9 +144,7 @@ class SlotTable:
         slots = [np.zeros(0, np.int64)]
         for number in np.unique(numbers).tolist():
             indices = self._indices(number, known[numbers == number] - self._first_element[number])
-            slots += [
-                first + np.unique(i) for first, i in zip(self.first_slot[number], indices, strict=True)
-            ]
+            slots += [first + np.unique(i) for first, i in zip(self.first_slot[number], indices, strict=True)]
         return np.concatenate(slots)
 
     def every_slot(self, number: int) -> Ids:

@@ -17,8 +17,18 @@ from sepress.types import AttributePatch, Removed
 def apply_removal(net: nn.Module, coupling: Coupling, removed: Removed) -> None:
     """Remove units from a net in place; parameters keep dtype, device and requires_grad, gradients go.
 
-    Raises InputError where `removed` does not fit the coupling.
+    What makes queries takes a factor where their width scaled the attention. Raises InputError where
+    `removed` does not fit the coupling.
     """
+    coupling.check_removed(removed)
+    places = _places(net)
+    for (name, dim), factors in coupling.factors(removed).items():
+        _multiply(places[name], dim, factors)
+    take_out(net, coupling, removed)
+
+
+def take_out(net: nn.Module, coupling: Coupling, removed: Removed) -> None:
+    """Take units out of a net in place as `apply_removal` does, and leave what stays as it is."""
     coupling.check_removed(removed)
     places = _places(net)
     for (name, dim), indices in _removed_indices(coupling, removed).items():
@@ -58,15 +68,33 @@ def _removed_indices(coupling: Coupling, removed: Removed) -> dict[tuple[str, in
 
 
 def _take_out(places: list[Place], dim: int, indices: np.ndarray) -> None:
-    """Shrink one parameter or buffer along a dim, wherever it is held."""
-    held, key = places[0]
-    old: Tensor = held[key]
+    """Shrink one parameter or buffer along a dim."""
+    old = _held(places)
     kept = np.setdiff1d(np.arange(old.shape[dim]), indices)
     data = old.detach().index_select(dim, torch.from_numpy(kept).to(old.device))
     if not old.is_contiguous() and old.dim() in (4, 5):
         data = data.contiguous(
             memory_format=torch.channels_last if old.dim() == 4 else torch.channels_last_3d
         )
+    _put(places, data)
+
+
+def _multiply(places: list[Place], dim: int, factors: np.ndarray) -> None:
+    """Multiply one parameter by a factor for each index of a dim."""
+    old = _held(places)
+    shape = [-1 if axis == dim else 1 for axis in range(old.dim())]
+    _put(places, old.detach() * torch.from_numpy(factors).to(old).view(shape))
+
+
+def _held(places: list[Place]) -> Tensor:
+    held, key = places[0]
+    tensor: Tensor = held[key]
+    return tensor
+
+
+def _put(places: list[Place], data: Tensor) -> None:
+    """Put a tensor in the place of one parameter or buffer, wherever it is held."""
+    old = _held(places)
     new = nn.Parameter(data, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else data
     for held, key in places:
         held[key] = new

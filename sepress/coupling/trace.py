@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from sepress.coupling import rules
 from sepress.coupling.gating import GateFinder, Mark
 from sepress.coupling.rules import Op
+from sepress.coupling.scaling import ATTENTION, Rescaling, Scales
 from sepress.coupling.shadows import (
     Shadows,
     compress,
@@ -137,6 +138,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.shadows = Shadows()
         self.derived = Shadows(torch.int64)  # element numbers of tensors computed from parameters
         self.gates = GateFinder()
+        self.scales = Scales()
+        self.rescalings: list[Rescaling] = []
         self.operations: list[Operation] = []
         self.products: list[Product] = []
         self.producers: list[MadeBy] = []
@@ -170,7 +173,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._record(op)
         self._dispatched += 1
         if self._dispatched % SWEEP_EVERY == 0:
-            for memory in (self.shadows, self.derived, self.gates):
+            for memory in (self.shadows, self.derived, self.gates, self.scales):
                 memory.sweep()
         return result
 
@@ -186,6 +189,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             rules.pointwise(self, op)
         else:
             rules.RULES.get(op.name, rules.unknown)(self, op)
+        if not aliases or op.func._schema.is_mutable:
+            self.scales.observe(self, op)
         if traced:
             self.gates.observe(self, op)
 
@@ -319,8 +324,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         axes = tuple(x for x in lengths if not isinstance(x, int))
         self.products.append(Product(constant, axes, kind, groups))
 
-    def add_producer(self, op: Op, slots: np.ndarray) -> None:
+    def add_producer(self, op: Op, slots: np.ndarray, weight: Tensor, bias: Tensor | None) -> None:
+        """Note a layer that makes channels along axis 1."""
         self.producers.append(MadeBy(slots, self.gates.marks.get(_data_of(op))))
+        self.scales.made_by(self, op.outputs[0], 1, slots, weight, bias)
 
     def add_opaque(self, channels: int, why: str) -> None:
         """Note a layer whose output channels get no ids, so that they are counted as frozen."""
@@ -435,12 +442,14 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return torch.Size([TaggedInt(n, source) if axis in axes else n for axis, n in enumerate(size)])
         return TaggedInt(size, source) if len(args) > 1 and args[1] % ids.dim() == axes[0] else size
 
-    def freeze_default_scale(self, call: Call) -> None:
-        """Fused attention scales by the head width unless told otherwise, so that width must stay."""
-        if call.name == "scaled_dot_product_attention" and call.kwargs.get("scale") is None:
+    def note_attention(self, call: Call) -> None:
+        """Fused attention scales by the head width unless told otherwise."""
+        if call.name == ATTENTION:
+            named = [call.kwargs[key] for key in ("query", "key", "value", "attn_mask") if key in call.kwargs]
+            operands = [x for x in (*call.args, *named) if isinstance(x, Tensor)]
             with _disable_current_modes():
-                for x in call.args[:2]:
-                    self.freeze(distinct(self.ids(x)), "attention scaled by its head width")
+                own_scale = call.kwargs.get("scale") is not None
+                self.scales.note_attention(self, operands, own_scale=own_scale)
 
 
 def _data_of(op: Op) -> Tensor:
@@ -462,7 +471,7 @@ class _Calls(TorchFunctionMode):
         name = function_name(func)
         tracer.call = Call(len(tracer.calls), name, args, kwargs)
         tracer.calls.append(name)
-        tracer.freeze_default_scale(tracer.call)
+        tracer.note_attention(tracer.call)
         try:
             return tracer.tag_sizes(name, args, func(*args, **kwargs))
         finally:
@@ -555,6 +564,7 @@ def run_tracer(net: nn.Module, inputs: Inputs) -> Tracer:
     for output in tree_leaves(outputs):
         if isinstance(output, Tensor) and output in tracer.shadows:
             tracer.facts.freeze(distinct(tracer.ids(output)), Reason(NETWORK_OUTPUT))
+    tracer.rescalings = tracer.scales.settle(tracer)
     return tracer
 
 
