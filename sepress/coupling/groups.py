@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 
 import numpy as np
 from scipy.sparse import coo_matrix, csr_matrix
 from torch import nn
 
 from sepress.coupling.slots import FIRST_SLOT, NONE, PADDING, owner_of
-from sepress.coupling.tags import TaggedInt
 from sepress.coupling.trace import Inputs, LayerKind, Operation, Product, Tracer, run_tracer, traceable
 from sepress.errors import InputError
 from sepress.types import CouplingGroup, Gate, Member, Producer, Reader, Reason, Removed, Role
@@ -29,7 +29,7 @@ class SizeUse:
     attribute: str
     index: int | None
     ids: np.ndarray
-    tag: TaggedInt
+    factor: Fraction
 
 
 @dataclass(frozen=True, eq=False)
@@ -442,8 +442,8 @@ class _Builder:
 
     def sizes(self) -> tuple[SizeUse, ...]:
         return tuple(
-            SizeUse(source.module, source.attribute, source.index, ids, tag)
-            for source, (ids, tag) in self.t.claims.items()
+            SizeUse(source.module, source.attribute, source.index, ids, factor)
+            for source, (ids, factor) in self.t.claims.counted.items()
         )
 
     def factors(self) -> tuple[Factor, ...]:

@@ -113,7 +113,7 @@ def attribute_patches(coupling: Coupling, removed: Removed) -> tuple[AttributePa
 
 
 def _size(use: SizeUse, gone: np.ndarray) -> int:
-    size = int((~gone[use.ids]).sum()) / use.tag.factor
+    size = int((~gone[use.ids]).sum()) / use.factor
     if size.denominator != 1:
         raise SepressError(
             f"'{use.module}.{use.attribute}' would become {float(size)}: no whole number of channels is left"

@@ -8,7 +8,7 @@ the size of an axis with ids tells which number must follow which channels.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -34,35 +34,52 @@ class SizeSource:
     ids: np.ndarray  # along the axis
 
 
+Source = AttributeSource | SizeSource
+
+
 class TaggedInt(int):
-    """An int that equals `factor` times its source, through products and exact quotients with plain ints."""
+    """A sum of sources, each times a factor; + - * and // keep that where the result is one."""
 
-    source: AttributeSource | SizeSource
-    factor: Fraction
+    terms: dict[Source, Fraction]
 
-    def __new__(
-        cls, value: int, source: AttributeSource | SizeSource, factor: Fraction | int = 1
-    ) -> TaggedInt:
+    def __new__(cls, value: int, terms: Mapping[Source, Fraction | int]) -> TaggedInt:
         tagged = int.__new__(cls, value)
-        tagged.source, tagged.factor = source, Fraction(factor)
+        tagged.terms = {source: Fraction(factor) for source, factor in terms.items() if factor}
         return tagged
+
+    def _scaled(self, value: int, factor: Fraction) -> TaggedInt:
+        return TaggedInt(value, {source: own * factor for source, own in self.terms.items()})
+
+    def __add__(self, other: Any) -> Any:
+        if not isinstance(other, TaggedInt):
+            return self if type(other) is int and other == 0 else int(self) + other
+        terms = {
+            source: self.terms.get(source, Fraction()) + other.terms.get(source, Fraction())
+            for source in (*self.terms, *other.terms)
+        }
+        total = int(self) + int(other)
+        return TaggedInt(total, terms) if any(terms.values()) else total
+
+    def __sub__(self, other: Any) -> Any:
+        if not isinstance(other, TaggedInt):
+            return self if type(other) is int and other == 0 else int(self) - other
+        return self + other._scaled(-int(other), Fraction(-1))
 
     def __mul__(self, other: Any) -> Any:
         if not isinstance(other, int):
             return int(self) * other
-        widest = (
-            other if isinstance(other, TaggedInt) and other >= self else self
-        )  # heads x head width: the width
+        # Heads x head width is a number of widths: the wider of the two is what a cut shortens.
+        widest = other if isinstance(other, TaggedInt) and other >= self else self
         times = self if widest is other else other
-        return TaggedInt(int(self) * int(other), widest.source, widest.factor * int(times))
+        return widest._scaled(int(self) * int(other), Fraction(int(times)))
 
     def __floordiv__(self, other: Any) -> Any:
         plain = int(other) if isinstance(other, int) else 0
         if plain and int(self) % plain == 0:
-            return TaggedInt(int(self) // plain, self.source, self.factor / plain)
+            return self._scaled(int(self) // plain, Fraction(1, plain))
         return int(self) // other
 
-    __rmul__ = __mul__
+    __rmul__, __radd__ = __mul__, __add__
 
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
         return int, (int(self),)
@@ -111,9 +128,10 @@ def tagged_attributes(net: nn.Module) -> Iterator[None]:
 
 def _tag(value: Any, module: str, attribute: str) -> Any:
     if type(value) is int:
-        return TaggedInt(value, AttributeSource(module, attribute, None))
+        return TaggedInt(value, {AttributeSource(module, attribute, None): 1})
     if type(value) in (list, tuple) and value and all(type(item) is int for item in value):
         return type(value)(
-            TaggedInt(item, AttributeSource(module, attribute, index)) for index, item in enumerate(value)
+            TaggedInt(item, {AttributeSource(module, attribute, index): 1})
+            for index, item in enumerate(value)
         )
     return value

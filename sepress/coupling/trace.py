@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sepress.coupling import rules
+from sepress.coupling.claims import Claims
 from sepress.coupling.gating import GateFinder, Mark
 from sepress.coupling.rules import Op
 from sepress.coupling.scaling import ATTENTION, Rescaling, Scales
@@ -37,7 +38,7 @@ from sepress.coupling.shadows import (
     varying_axes,
 )
 from sepress.coupling.slots import Facts, SlotTable, names
-from sepress.coupling.tags import AttributeSource, SizeSource, TaggedInt, tagged_attributes
+from sepress.coupling.tags import SizeSource, TaggedInt, tagged_attributes
 from sepress.device import kept_random_state
 from sepress.errors import InputError
 from sepress.modes import evaluating
@@ -145,7 +146,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.producers: list[MadeBy] = []
         self.opaque: dict[str, tuple[int, Reason]] = {}  # layer -> output channels that nothing follows, why
         self.readers: list[ReadBy] = []
-        self.claims: dict[AttributeSource, tuple[np.ndarray, TaggedInt]] = {}
+        self.claims = Claims(self.facts)
         self.group_counts: dict[str, np.ndarray] = {}  # depthwise module -> ids of its input
         self.calls: list[str] = []
         self.call: Call | None = None
@@ -381,7 +382,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         complete = True
         for size, ids in sizes:
             if size in tags:
-                self._claim(tags.pop([int(tag) for tag in tags].index(size)), ids)
+                self.claims.claim(tags.pop([int(tag) for tag in tags].index(size)), ids)
             else:
                 complete = False
         return complete
@@ -399,7 +400,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             at = axis - output.dim() if self.call.name == "expand" else axis
             size = sizes[at] if -len(sizes) <= at < len(sizes) else -1
             if isinstance(size, TaggedInt):
-                self._claim(size, ids)
+                self.claims.claim(size, ids)
             elif size != -1:
                 self.freeze(ids, "a width written in the code")
 
@@ -411,20 +412,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             call.kwargs.get("groups", call.args[6] if len(call.args) > 6 else None) if conv and call else None
         )
         if isinstance(count, TaggedInt):
-            self._claim(count, ids)
+            self.claims.claim(count, ids)
         else:
             self.freeze(ids, "a number of groups written in the code")
-
-    def _claim(self, tag: TaggedInt, ids: np.ndarray) -> None:
-        times, parts = tag.factor.numerator, tag.factor.denominator
-        if isinstance(tag.source, SizeSource):
-            self.facts.same_count(tag.source.ids, ids, parts=parts, times=times)
-            return
-        if parts == 1 and (np.unique(ids, return_counts=True)[1] % times).any():
-            self.facts.align(ids.reshape(times, -1))
-        first, first_tag = self.claims.setdefault(tag.source, (ids, tag))
-        ratio = tag.factor / first_tag.factor  # one number for two sizes: their channels go together
-        self.facts.same_count(first, ids, parts=ratio.denominator, times=ratio.numerator)
 
     def tag_sizes(self, name: str, args: Sequence[Any], size: Any) -> Any:
         """Tag sizes read from an activation, so that other tensors shaped by them follow."""
@@ -439,8 +429,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return size
             source = SizeSource(line(ids, axes[0]))
         if isinstance(size, torch.Size):
-            return torch.Size([TaggedInt(n, source) if axis in axes else n for axis, n in enumerate(size)])
-        return TaggedInt(size, source) if len(args) > 1 and args[1] % ids.dim() == axes[0] else size
+            return torch.Size(
+                [TaggedInt(n, {source: 1}) if axis in axes else n for axis, n in enumerate(size)]
+            )
+        return TaggedInt(size, {source: 1}) if len(args) > 1 and args[1] % ids.dim() == axes[0] else size
 
     def note_attention(self, call: Call) -> None:
         """Fused attention scales by the head width unless told otherwise."""
@@ -564,6 +556,7 @@ def run_tracer(net: nn.Module, inputs: Inputs) -> Tracer:
     for output in tree_leaves(outputs):
         if isinstance(output, Tensor) and output in tracer.shadows:
             tracer.facts.freeze(distinct(tracer.ids(output)), Reason(NETWORK_OUTPUT))
+    tracer.claims.settle()
     tracer.rescalings = tracer.scales.settle(tracer)
     return tracer
 
