@@ -71,7 +71,7 @@ def cut(function: object, removed: dict[str, tuple[int, ...]]) -> nn.Module:
     [
         (lambda m, x: x.split([m.inner, m.width - m.inner], 1), (5, 2, 5)),
         (lambda m, x: x.split([m.width - m.rest, m.rest], 1), (5, 3, 3)),
-        (lambda m, x: (x[:, : m.inner], x[:, m.inner : m.inner + m.rest]), (8, 2, 3)),
+        (lambda m, x: (x[:, : m.inner], x[:, m.inner : m.inner + m.rest]), (8, 2, 5)),  # the end bounds it
         (lambda m, x: (x[:, : x.size(1) - m.rest], x[:, x.size(1) - m.rest :]), (8, 3, 3)),
         (lambda m, x: x.view(-1, m.inner + m.rest, 10, 10).split([2 * m.inner // 2, m.rest], 1), (8, 2, 3)),
     ],
