@@ -12,6 +12,7 @@ import gc
 import inspect
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -1193,5 +1194,6 @@ def run(
 
 def main() -> None:
     """The console script."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's way to say Ctrl-C
     gc.disable()  # nothing that the command line is built from becomes garbage; a verb switches it on again
     app(prog_name="sepress")

@@ -129,16 +129,27 @@ class Job:
         return model.source if self.spec.source == "user" else None
 
     @property
-    def inputs(self) -> dict[str, str]:
-        """What results depend on beside the recipe: digests of the model file, the plan and the data."""
+    def input_files(self) -> dict[str, Path]:
+        """The files that the recipe names, by what they are."""
         files = {"model file": self.recipe.model.source}
         for stage in self.recipe.stages:
             if stage.kind == "prune" and stage.plan is not None:
                 files["plan"] = stage.plan
             if stage.kind == "prune" and stage.latency_table is not None:
                 files["latency table"] = stage.latency_table
-        found = {what: file_digest(Path(path)) for what, path in files.items() if Path(path).is_file()}
+        return {what: Path(path) for what, path in files.items() if Path(path).is_file()}
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """What results depend on beside the recipe: digests of the files that it names and the data."""
+        found = {what: file_digest(path) for what, path in self.input_files.items()}
         return found | {"data": self.source.fingerprint}
+
+    def made_for(self, kind: str) -> dict[str, str]:
+        """Digests of the files that this run made so far and a stage of that kind reads, by role."""
+        reads = (*LABELS, "onnx", "base_onnx") if kind == "precision" else LABELS
+        roles = [role for record in self.records for role in record.artifacts if role in reads]
+        return {role: file_digest(path) for role in roles if (path := self.artifact(role)) is not None}
 
     def artifact(self, role: str) -> Path | None:
         """The newest file of that role, or None."""

@@ -7,8 +7,6 @@ a recipe runs what it says. Reading one runs nothing: no tags, no aliases, no du
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -484,14 +482,6 @@ class Recipe(Settings):
 def effective_yaml(recipe: Recipe) -> str:
     """The recipe with every default written out; loading it gives an equal recipe."""
     return dump_yaml(recipe.model_dump(mode="json"))
-
-
-def recipe_digest(recipe: Recipe) -> str:
-    """SHA-256 (hex) over what determines results: not the name, folder, permissions or constraints."""
-    values = recipe.model_dump(
-        mode="json", exclude={"name": True, "out": True, "require": True, "data": {"download"}}
-    )
-    return hashlib.sha256(json.dumps(values, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 # ---- values -> Recipe ---------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sepress import console
+from sepress.basis import stage_basis
 from sepress.bundle import new_folder
 from sepress.calibrate import ExcitationStats, calibrate
 from sepress.compare import Comparison, Point, Table, compare, read_method, split_policy
@@ -54,7 +55,7 @@ from sepress.parity import check_onnx_parity
 from sepress.plan import check_plan, plan_from_json, plan_pruning, plan_to_json
 from sepress.profile import profile_latency, table_for
 from sepress.pruning import CHECK_IMAGES, group_rows
-from sepress.recipe import EvaluateStage, Recipe, TrainStage, check_inputs, effective_yaml, recipe_digest
+from sepress.recipe import EvaluateStage, Recipe, TrainStage, check_inputs, effective_yaml
 from sepress.report import report_to_json, report_to_markdown
 from sepress.runfolder import RunFolder, StageRecord
 from sepress.runtime import measure_onnx_latency
@@ -300,26 +301,49 @@ def run_recipe(recipe: Recipe, *, out: Path | None = None, dry_run: bool = False
     job = Job(recipe)
     named = out or (Path(recipe.out) if recipe.out else None)
     path = named or new_folder(_default_folder(recipe))
-    inputs = {"recipe": recipe_digest(recipe), **job.inputs}
+    _check_folder(job, path, dry_run=dry_run)
     text = effective_yaml(recipe)
-    job.folder = RunFolder(path, recipe_text=text, inputs=inputs, claimed=named is None)
+    job.folder = RunFolder(path, recipe_text=text, claimed=named is None)
     console.log(f"run folder: {path}")
     try:
         return _dry_run(job) if dry_run else _run_stages(job)
     except SepressError:
         job.folder.abandon()
         raise
+    finally:
+        job.folder.close()
+
+
+def _check_folder(job: Job, path: Path, *, dry_run: bool) -> None:
+    """Raise InputError where this run would take away what it reads, or what a finished run wrote."""
+    for file in job.input_files.values():
+        if file.resolve().parent == path.resolve():
+            raise InputError(
+                f"{file} lies in the run folder {path}, where this run puts its own files in such places",
+                remedy="Choose another folder (out: in the recipe, or --out).",
+            )
+    if dry_run and (path / "report.json").exists():
+        raise InputError(
+            f"{path} holds a finished run, whose plan a dry run would replace",
+            remedy="Choose another folder for the dry run.",
+        )
 
 
 def _run_stages(job: Job) -> Outcome:
     recipe, path = job.recipe, job.folder.path
-    for index, (kind, settings) in enumerate(_stage_list(recipe)):
-        record = job.folder.finished(index, kind)
+    stages, inputs = _stage_list(recipe), job.inputs
+    job.folder.keep_only([kind for kind, _ in stages])
+    for kind, settings in stages:
+        basis = stage_basis(
+            recipe, kind, settings, device=job.device.type, inputs=inputs, made=job.made_for(kind)
+        )
+        record = job.folder.finished(kind, basis)
         if record is None:
+            job.folder.begin(kind, basis)
             console.log(f"[{kind}]")
             record = STAGES[kind](job, settings)
             facts = {**record.facts, "data": job.source.describe()}
-            record = job.folder.finish(StageRecord(record.stage, record.artifacts, facts))
+            record = job.folder.finish(replace(record, facts=facts, basis=basis))
         else:
             console.log(f"[{kind}] finished before, its files are intact: reused")
         job.records.append(record)

@@ -72,7 +72,7 @@ def make_variants(job: Job, settings: Any) -> Made:
     assert source is not None  # the recipe's order
     constraint = parse_constraint(settings.within)
     judge = _Judge(job, source)
-    with tempfile.TemporaryDirectory(prefix=".precision.", dir=job.folder.path) as name:
+    with tempfile.TemporaryDirectory(prefix=".precision.partial-", dir=job.folder.path) as name:
         folder = Path(name)
         candidates = [c for form in settings.formats for c in _FORMATS[form](judge, settings, folder)]
         rows = _timed(judge, candidates, settings.latency_rounds, constraint)

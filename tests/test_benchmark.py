@@ -16,7 +16,7 @@ from sepress.compare import read_method
 from sepress.criteria import CRITERIA
 from sepress.defaults import METHOD
 from sepress.errors import InputError
-from sepress.recipe import load_recipe, packaged_recipes, recipe_digest
+from sepress.recipe import load_recipe, packaged_recipes
 
 TINY = """
 data: {path: photos, batch_size: 16, augment: none}
@@ -93,7 +93,8 @@ def test_a_base_is_the_run_of_the_plain_recipe(tiny: Path) -> None:
     )
     benchmark = load_benchmark("tiny.yaml", ["nets.0.model.input_size=[8, 8]"])
     ours = base_recipe(benchmark, benchmark.nets[0], seed=1)
-    assert recipe_digest(ours) == recipe_digest(load_recipe("one.yaml", ["seed=1", "out=elsewhere"]))
+    theirs = load_recipe("one.yaml", ["seed=1"])
+    assert ours.model_copy(update={"name": theirs.name, "out": theirs.out}) == theirs
 
 
 @pytest.mark.parametrize(

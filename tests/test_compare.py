@@ -433,7 +433,7 @@ def test_a_setting_that_the_folder_does_not_know_was_its_default(tmp_path: Path)
 def test_cells_depend_on_how_often_a_refit_goes_over_the_net(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    CompareFolder(tmp_path, COMPARISON, data="d").keep_settings()
+    CompareFolder(tmp_path, COMPARISON, data="d").keep_settings().release()
     monkeypatch.setattr(folder, "REFIT_PASSES", 1)
     with pytest.raises(InputError, match="another refit_passes"):
         CompareFolder(tmp_path, COMPARISON, data="d")

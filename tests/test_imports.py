@@ -13,21 +13,21 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "sepress"
 # fmt: off
 LAYERS = [
-    "errors", "defaults", "types", "console", "files", "device", "safe_yaml", "constraints", "schedule",
-    "modes", "digests", "models", "data", "coupling",
+    "errors", "defaults", "types", "console", "files", "lock", "device", "safe_yaml", "constraints",
+    "schedule", "modes", "digests", "models", "data", "coupling",
     "gates", "moments", "baselines", "calibrate", "reconstruct", "criteria", "plan", "train", "recover",
     "measure", "timing", "runtime", "parity", "bundle", "simplify", "export", "precision", "imagefile",
     "example", "report", "bench", "costs", "profile", "pruning", "folding", "search", "steps",
-    "inspection", "compare", "recipe", "runfolder", "job", "cutting", "variants", "summary", "stages",
-    "benchmark", "cli",
+    "inspection", "compare", "recipe", "basis", "runfolder", "job", "cutting", "variants", "summary",
+    "stages", "benchmark", "cli",
 ]
 HEAVY = {
     "torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "scipy", "numpy", "PIL", "mlxtend",
     "matplotlib",
 }
 LIGHT = [
-    "errors", "defaults", "types", "console", "files", "device", "safe_yaml", "constraints", "schedule",
-    "recipe", "cli", "__init__", "__main__",
+    "errors", "defaults", "types", "console", "files", "lock", "device", "safe_yaml", "constraints",
+    "schedule", "recipe", "cli", "__init__", "__main__",
 ]
 # fmt: on
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -22,7 +23,8 @@ import numpy as np
 from sepress.compare.methods import Method
 from sepress.defaults import BATCH_SIZE, CALIBRATION_IMAGES, RECALIBRATION_IMAGES, REFIT_PASSES
 from sepress.errors import InputError
-from sepress.files import write_json, write_text
+from sepress.files import sweep_partial, write_json, write_text
+from sepress.lock import FolderLock
 from sepress.plan import check_policy
 from sepress.schedule import TrainConfig
 from sepress.types import JSON, Policy, Target
@@ -199,6 +201,8 @@ class Rows(Generic[Row]):
         self.rows.append(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(row)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 class CompareFolder:
@@ -218,13 +222,21 @@ class CompareFolder:
                 self.settings = _agreed(held, self.settings, path)
             elif path.exists() and any(path.iterdir()):
                 raise InputError(f"{path} holds other files", remedy="Choose another folder with --out.")
-            self.bases = Rows(path / "bases.jsonl", BaseFigures)
-            self.cells = Rows(path / "cells.jsonl", Cell)
+            self._read_rows()
 
-    def keep_settings(self) -> None:
-        """Make the folder that of this comparison."""
+    def _read_rows(self) -> None:
+        self.bases = Rows(self.path / "bases.jsonl", BaseFigures)
+        self.cells = Rows(self.path / "cells.jsonl", Cell)
+
+    def keep_settings(self) -> FolderLock:
+        """Make the folder that of this comparison, and let no other run into it until that lock goes."""
         with self._usable():
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FolderLock(self.path)
+            sweep_partial(self.path)
             write_json(self._marker, self.settings)
+            self._read_rows()  # again: another run may have been at work until now
+        return lock
 
     @contextmanager
     def _usable(self) -> Iterator[None]:

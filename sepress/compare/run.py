@@ -34,7 +34,7 @@ from sepress.pruning import CHECK_IMAGES, Surgery, first_images, prune_channels,
 from sepress.train import TrainConfig, train
 from sepress.train.evaluate import find_right
 from sepress.train.timing import time_epoch
-from sepress.types import Bundle, Ranking
+from sepress.types import Bundle, ModelSpec, Ranking
 
 UNIFORM = Method("l2", scope="per-group")  # the widths of the net trained from scratch
 
@@ -109,8 +109,16 @@ def compare(
     bases = _match(bundles, comparison.seeds)
     folder = CompareFolder(out, comparison, data=source.fingerprint)
     comparison = _completed(comparison, folder)
-    folder.keep_settings()
-    bench = Bench(source, comparison, device, out)
+    with folder.keep_settings():
+        _fill(folder, bases, Bench(source, comparison, device, out))
+        table = _written(folder, comparison, bundles[0].spec)
+    console.log(f"written to {out}")
+    return table
+
+
+def _fill(folder: CompareFolder, bases: dict[int, Bundle], bench: Bench) -> None:
+    """Measure the bases and the cells that the folder does not hold yet."""
+    comparison = bench.comparison
     _measure_bases(folder, bases, bench)
     done = {cell.key for cell in folder.cells.rows}
     cells = [(m, p, s) for p in comparison.points for s in comparison.seeds for m in comparison.methods]
@@ -127,7 +135,10 @@ def compare(
             folder.cells.add(cell)
             progress.report(cell)
         del start  # before the next is made: the evidence of a large net takes gigabytes
-    spec = bundles[0].spec
+
+
+def _written(folder: CompareFolder, comparison: Comparison, spec: ModelSpec) -> Table:
+    """The table of all cells of the folder, written there."""
     table = Table(
         comparison=comparison,
         model=spec.reference,
@@ -136,11 +147,10 @@ def compare(
         cells=tuple(folder.cells.rows),
         environment=environment(),
     )
-    write_json(out / "compare.json", table.to_json())
-    write_text(out / "compare.md", table.to_markdown())
-    with replacing(out / "pareto.svg") as temporary:
+    write_json(folder.path / "compare.json", table.to_json())
+    write_text(folder.path / "compare.md", table.to_markdown())
+    with replacing(folder.path / "pareto.svg") as temporary:
         draw_pareto(table, temporary)
-    console.log(f"written to {out}")
     return table
 
 
