@@ -353,6 +353,8 @@ class _Collector:
         return self._images
 
     def _on_gate(self, gate: Gate, s: Tensor) -> None:
+        if gate.silent_because is not None:
+            return
         excitation = mean_per_channel(s.detach().float(), gate.site.axis, self._images)  # (N, C)
         self._pending.append((f"gate/{gate.name}", excitation))
 

@@ -116,7 +116,7 @@ def polarise_stage(job: Job, settings: Any) -> StageRecord:
     lineage = {**parent.lineage, "base": job.origin()}
     record = _train(job, settings, net, lineage=lineage, label="polarised", penalty=penalty)
     before, after = (_decisions(job, each, coupling) for each in (parent.net, net))
-    notes = polarisation_notes(before, after)
+    notes = polarisation_notes(before, after, penalty.left_alone)
     for note in notes:
         console.log(note)
     found = {"before": asdict(before), "after": asdict(after)}
@@ -587,7 +587,8 @@ def _decisions(job: Job, net: nn.Module, coupling: Coupling) -> Decisions:
     accuracy = job.accuracy(net, "val")
     if accuracy.top1 is None:
         raise InputError(f"accuracy on validation can't be measured: {accuracy.reason}")
-    return decisions(accuracy.top1, {gate.name: stats.mean_excitation(gate) for gate in coupling.gates})
+    telling = [gate for gate in coupling.gates if gate.silent_because is None]
+    return decisions(accuracy.top1, {gate.name: stats.mean_excitation(gate) for gate in telling})
 
 
 def _export(job: Job, label: str, path: Path, images: torch.Tensor, settings: Any) -> Check:

@@ -22,6 +22,17 @@ Target = Literal["ratio", "target_macs", "target_params", "target_latency"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 Removed = Mapping[str, "tuple[int, ...]"]  # group name -> sorted units that go
 ReplacementKind = Literal["identity", "scale", "excitation"]  # see models/folded.py
+# What a gate does with its signal s, and so what its values say; in the order in which a kind is decided.
+#   shift         s is only added to the map (GCNet, Cao et al. 2019, eq. 5): there is no excitation
+#   scale-shift   one part multiplies (and is s), another part is added
+#   local         one s a channel and position, computed at fewer of these and spread: GatherExcite (Hu et al.
+#                 2018, Gather-Excite, sec. 3), DFC attention (GhostNetV2, Tang et al. 2022, sec. 3.2)
+#   branch        one s a channel and branch, which weighs branches: selective kernels (Li et al. 2019, sec. 3.1),
+#                 split attention (ResNeSt, Zhang et al. 2020, sec. 3.1)
+#   channel-conv  s by a convolution along the channels (ECA-Net, Wang et al. 2020, sec. 3.2)
+#   context       the squeeze weighs positions by a softmax (GCNet, sec. 3.3), and s multiplies
+#   scale         one s a channel multiplies: Squeeze-and-Excitation, ESE, CBAM's channel part
+GateKind = Literal["shift", "scale-shift", "local", "branch", "channel-conv", "context", "scale"]
 
 
 # ---- models -------------------------------------------------------------------------------------
@@ -112,16 +123,28 @@ class CallSite:
 
 @dataclass(frozen=True)
 class Gate:
-    """A recalibration: a map multiplied by a signal that descends only from a global pooling."""
+    """A recalibration: a map multiplied by (or added to) a signal that says how much each channel counts."""
 
     name: str  # the innermost module that multiplies; '#2' and so on from its second gate
     channels: int
     activation: str  # what squashes it: sigmoid, hardsigmoid, clamp, relu6, ..., or 'none'
-    kind: Literal["scale", "scale-shift"]
+    kind: GateKind
     producer: str  # the layer whose output channels are gated (conv or linear)
     group: str  # the coupling group that the gated channels belong to
     units: np.ndarray  # (channels,) int: the group's unit of each gate channel, -1 for none
     site: CallSite  # the operand is the excitation s, after squashing
+
+    @property
+    def silent_because(self) -> str | None:
+        """Why its values tell nothing of how much a channel counts; None where they do.
+
+        Averaged over all but image and channel, the values of every other kind are one excitation a channel.
+        """
+        if self.kind == "shift":
+            return "is added, not multiplied"
+        if self.kind == "branch" and self.activation == "softmax":
+            return "shares each channel out between branches, 1 in all"
+        return None
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,24 @@
-"""Find gates: a map multiplied by a signal that descends only from a global pooling of activations.
+"""Find gates: maps that are multiplied by, or added to, a signal of few values that says how much of each counts.
 
-Class names never decide. Marks travel with storages: a mark says 'this came only from poolings';
-where a marked signal with one value per channel multiplies a larger unmarked map, that is a gate.
+Class names never decide. Marks travel with storages and say what a signal descends from. Two things make a gate
+of a product: the signal comes only from global poolings of activations (Hu et al. 2018, sec. 3); or it is
+squashed and holds fewer values than the map, or was computed at fewer positions and spread over it (GatherExcite,
+Hu et al. 2018b, sec. 3; GhostNetV2's DFC, Tang et al. 2022, sec. 3.2). `types.GateKind` says which kinds follow.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
-from sepress.coupling.shadows import StorageMap, line, varying_axes
+from sepress.coupling.shadows import StorageMap, broadcast_shape, line, varies, varying_axes
 from sepress.coupling.slots import names
-from sepress.types import CallSite
+from sepress.types import CallSite, GateKind
 
 if TYPE_CHECKING:
     from sepress.coupling.rules import Op
@@ -27,28 +31,35 @@ POOLINGS = names(
 )
 SQUASHES = {
     "sigmoid": "sigmoid",
-    "sigmoid_": "sigmoid",
     "hardsigmoid": "hardsigmoid",
-    "hardsigmoid_": "hardsigmoid",
     "tanh": "tanh",
-    "tanh_": "tanh",
     "_softmax": "softmax",
     "clamp": "clamp",
-    "clamp_": "clamp",
+    "clamp_max": "clamp",
+    "hardtanh": "clamp",
 }
-LAYERS = names("convolution mm addmm bmm")
+CONVOLUTIONS = names("convolution _convolution cudnn_convolution mkldnn_convolution")
+LAYERS = CONVOLUTIONS | names("mm addmm bmm baddbmm")
+SPREADS = names("repeat repeat_interleave")  # beside those that resize
 
 
 @dataclass(eq=False)
 class Mark:
-    """Descent of one signal from poolings."""
+    """What is known of one signal, of all of its storage."""
 
-    parents: tuple[Mark, ...] = ()
+    pooled: bool  # it descends only from global poolings
+    parents: tuple[Mark, ...] = ()  # those that are pooled
     squash: str = "none"  # the last one since a layer with weights
+    spread: bool = False  # computed at fewer positions than it is held for
+    resized: bool = False  # spread by interpolation
+    shares: bool = False  # after a softmax over an axis without channels: branches if pooled, else positions
+    weighted: bool = False  # pooled with such shares as weights; before the pooling: multiplied by them
+    along: bool = False  # a convolution ran along its channels
+    layered: bool = False  # a layer with weights made it from what was pooled
     in_gate: bool = False  # whether it flows into a gate
 
     def lead_into_gate(self) -> None:
-        todo: list[Mark] = [self]
+        todo: list[Mark] = [self] if self.pooled else []
         while todo:
             mark = todo.pop()
             if not mark.in_gate:
@@ -63,9 +74,9 @@ class FoundGate:
     module: str
     channels: int
     activation: str
+    kind: GateKind
     site: CallSite
     gated: np.ndarray  # ids of the gated map along its channel axis
-    shifts: bool = False
 
 
 @dataclass
@@ -80,61 +91,186 @@ class GateFinder:
         self.marks.sweep()
         self._scaled.sweep()
 
+    # ---- marks ----------------------------------------------------------------------------------
     def observe(self, t: Tracer, op: Op) -> None:
-        """Mark what an operation with activations made, and note a gate if it multiplies one in."""
+        """Mark what an operation with activations made, and note a gate if it multiplies or adds one in."""
+        if op.name in ("mul", "mul_") and len(op.inputs) == 2:
+            self._multiply(t, op, op.inputs)
+        elif op.name in ("addcmul", "addcmul_"):  # a + x * s
+            self._multiply(t, op, op.inputs[1:])
+            self._add(t, op, [op.outputs[0], op.inputs[0]])
+        elif op.name in ("add", "add_") and len(op.inputs) == 2:
+            self._add(t, op, op.inputs)
+        mark = self._marked(t, op)
+        mutable = op.func._schema.is_mutable
+        if mark is not None:
+            for output in op.outputs:
+                if output not in self.marks or mutable:
+                    self.marks.put(output, mark)
+        elif mutable and op.outputs:
+            self.marks.drop(op.outputs[0])
+
+    def _marked(self, t: Tracer, op: Op) -> Mark | None:
+        """What is to be known of the outputs."""
         signals = [x for x in op.inputs if x in t.shadows]
         marks = [mark for x in signals if (mark := self.marks.get(x)) is not None]
-        if op.name in ("mul", "mul_"):
-            self._multiply(t, op)
-        elif op.name in ("add", "add_"):
-            self._shift(op)
-        if signals and len(marks) == len(signals):
-            mark = Mark(tuple(dict.fromkeys(marks)), self._squash(op, marks))
-            for output in op.outputs:
-                if output not in self.marks or op.func._schema.is_mutable:
-                    self.marks.put(output, mark)
-        elif op.func._schema.is_mutable:
-            self.marks.drop(op.outputs[0]) if op.outputs else None
-        elif op.name in POOLINGS and _is_global(t, op):
-            for output in op.outputs:
-                self.marks.put(output, Mark())
+        complete = len(marks) == len(signals) > 0
+        mutable = op.func._schema.is_mutable
+        if not (complete and all(mark.pooled for mark in marks)) and not mutable:
+            if op.name in POOLINGS and _is_global(t, op):
+                return Mark(pooled=True, weighted=any(mark.weighted for mark in marks))
+            weights = [mark for mark in marks if mark.shares and not mark.pooled]
+            if weights and len(signals) == 2 and op.name in ("bmm", "mul"):
+                if op.name == "mul":
+                    return Mark(pooled=False, weighted=True)
+                if _one_axis(op.outputs[0]) and varying_axes(t.ids(op.outputs[0])):
+                    return Mark(pooled=True, weighted=True)
+        if complete or len(signals) == 1:
+            mark = _descendant(t, op, marks)
+            told = mark.pooled or mark.spread or mark.weighted or mark.squash != "none"
+            return mark if told else None
+        return None
 
-    def _squash(self, op: Op, marks: list[Mark]) -> str:
-        if op.name in ("hardtanh", "hardtanh_"):
-            return "relu6" if op.arg(2) == 6 else "clamp"
-        if op.name in LAYERS:
-            return "none"
-        inherited = next((mark.squash for mark in marks if mark.squash != "none"), "none")
-        return SQUASHES.get(op.name, inherited)
-
-    def _multiply(self, t: Tracer, op: Op) -> None:
-        if len(op.inputs) != 2:
-            return
-        for gated, signal in (op.inputs, reversed(op.inputs)):
+    # ---- gates ----------------------------------------------------------------------------------
+    def _multiply(self, t: Tracer, op: Op, factors: Sequence[Tensor]) -> None:
+        for gated, signal in (factors, reversed(factors)):
             mark = self.marks.get(signal)
-            axes = _own_axes(signal)
-            if mark is None or gated in self.marks or gated not in t.shadows or len(axes) != 1:
+            if mark is None or gated not in t.shadows:
                 continue
-            axis, channels = axes[0], signal.size(axes[0])
-            at = axis - signal.dim()  # counted from the end, as broadcasting does
-            if gated.dim() < -at or gated.size(at) != channels or gated.numel() < channels:
+            axis = _channel_axis(t, mark, signal)
+            kind = None if axis is None else self._kind(mark, gated, signal, axis)
+            if axis is None or kind is None:
                 continue
-            site = t.call_site(signal, axis)
-            if site is None:
-                continue
-            mark.lead_into_gate()
-            ids = line(t.ids(gated), gated.dim() + at)
-            gate = FoundGate(t.module, channels, mark.squash, site, ids)
-            self.found.append(gate)
-            self._scaled.put(op.outputs[0], gate)
-            return
+            gate = self._note(t, mark, kind, gated, signal, axis)
+            if gate is not None:
+                self._scaled.put(op.outputs[0], gate)
+                return
 
-    def _shift(self, op: Op) -> None:
-        """A pooled signal added to what a gate scaled: the gate also shifts."""
-        gates = [gate for x in op.inputs if (gate := self._scaled.get(x)) is not None]
-        shifts = [x for x in op.inputs if x in self.marks and len(_own_axes(x)) == 1]
-        if gates and shifts:
-            gates[0].shifts = True
+    def _kind(self, mark: Mark, gated: Tensor, signal: Tensor, axis: int) -> GateKind | None:
+        """Which kind of gate a product is, if it is one."""
+        if not _fits(gated, signal, axis):
+            return None
+        around = self.marks.get(gated)
+        others = [other for other in _own_axes(signal) if other != axis]
+        if not mark.pooled:
+            fewer = prod(signal.size(own) for own in (axis, *others)) < gated.numel()
+            spread = mark.spread and not (around is not None and around.spread)
+            covered = broadcast_shape(gated.shape, signal.shape) == gated.shape
+            if not covered or not (fewer or spread):
+                return None
+            return "local" if others else "scale"
+        if (around is not None and around.pooled) or (mark.weighted and mark.squash == "none"):
+            return None
+        if others and mark.resized:
+            return "local"  # at this input size one position was left to pool to
+        if others and not mark.spread:
+            return "branch" if all(_fits(gated, signal, other) for other in others) else None
+        if mark.shares:
+            return "branch"
+        if mark.along:
+            return "channel-conv"
+        return "context" if mark.weighted else "scale"
+
+    def _add(self, t: Tracer, op: Op, addends: Sequence[Tensor]) -> None:
+        """A pooled signal added to what a gate scaled: the gate also shifts. To another map: it only shifts."""
+        for shifted, signal in (addends, reversed(addends)):
+            mark, around = self.marks.get(signal), self.marks.get(shifted)
+            own = _own_axes(signal)
+            if mark is None or not mark.pooled or len(own) != 1:
+                continue
+            gate = self._scaled.get(shifted)
+            if gate is not None:
+                gate.kind = "scale-shift"
+                return
+            larger = shifted.numel() > signal.size(own[0])
+            unmarked = shifted in t.shadows and (around is None or not around.pooled)
+            if mark.layered and unmarked and larger and _fits(shifted, signal, own[0]):
+                self._note(t, mark, "shift", shifted, signal, own[0])
+                return
+
+    def _note(
+        self, t: Tracer, mark: Mark, kind: GateKind, gated: Tensor, signal: Tensor, axis: int
+    ) -> FoundGate | None:
+        """Note a gate, if the call that runs it is one where a tap can see the signal."""
+        site = t.call_site(signal, axis)
+        if site is None:
+            return None
+        mark.lead_into_gate()
+        ids = line(t.ids(gated), gated.dim() + axis - signal.dim())
+        gate = FoundGate(t.module, signal.size(axis), mark.squash, kind, site, ids)
+        self.found.append(gate)
+        return gate
+
+
+def _descendant(t: Tracer, op: Op, marks: list[Mark]) -> Mark:
+    """The mark of what an operation made of marked signals, or of one signal without a mark."""
+    layer = op.name in LAYERS
+    return Mark(
+        pooled=bool(marks) and all(mark.pooled for mark in marks),
+        parents=tuple(dict.fromkeys(mark for mark in marks if mark.pooled)),
+        squash="none" if layer else _squash(op, marks),
+        spread=any(mark.spread for mark in marks) or _spreads(op),
+        resized=any(mark.resized for mark in marks) or (_resizes(op) and _spreads(op)),
+        shares=not layer and (any(mark.shares for mark in marks) or _is_softmax_over_others(t, op)),
+        weighted=any(mark.weighted for mark in marks if mark.pooled or not layer),
+        along=any(mark.along for mark in marks) or _is_along_channels(t, op),
+        layered=layer or any(mark.layered for mark in marks),
+    )
+
+
+def _squash(op: Op, marks: list[Mark]) -> str:
+    """The last squash: this operation's, or what came before; a bound on one side is none."""
+    name = op.name.removesuffix("_") if op.name != "_softmax" else op.name
+    if name == "hardtanh" and op.arg(2) == 6:
+        return "relu6"
+    if name in SQUASHES and not (name == "clamp" and op.kwargs.get("max", op.arg(2)) is None):
+        return SQUASHES[name]
+    return next((mark.squash for mark in marks if mark.squash != "none"), "none")
+
+
+def _spreads(op: Op) -> bool:
+    """Whether an operation copies values to more positions."""
+    most = max((x.numel() for x in op.inputs if x.numel()), default=0)
+    grows = bool(op.outputs) and op.outputs[0].numel() > most
+    return grows and (op.pointwise or op.name in SPREADS or _resizes(op))
+
+
+def _resizes(op: Op) -> bool:
+    return op.name.lstrip("_").startswith("upsample")
+
+
+def _is_softmax_over_others(t: Tracer, op: Op) -> bool:
+    x = op.inputs[0]
+    return op.name == "_softmax" and x.size(op.args[1]) > 1 and not varies(t.ids(op.outputs[0]), op.args[1])
+
+
+def _is_along_channels(t: Tracer, op: Op) -> bool:
+    """Whether a convolution takes channels for positions (Wang et al. 2020, ECA-Net, sec. 3.2)."""
+    if op.name not in CONVOLUTIONS:
+        return False
+    axes = varying_axes(t.ids(op.inputs[0]))
+    return bool(axes) and min(axes) > 1
+
+
+def _channel_axis(t: Tracer, mark: Mark, signal: Tensor) -> int | None:
+    """Return the axis on which a signal holds one value a channel, or None where it can't be a gate's.
+
+    A pooled signal of one axis needs nothing else, any other must be squashed: the product of two unbounded
+    signals weighs nothing. Where channels and branches both have ids, channels are the longer (as in rules.py).
+    """
+    own = _own_axes(signal)
+    if mark.pooled and len(own) == 1:
+        return own[0]
+    if mark.squash == "none" or (mark.squash == "softmax" and not mark.pooled):
+        return None
+    axes = [axis for axis in varying_axes(t.ids(signal)) if axis in own]
+    return max(axes, key=lambda axis: (signal.size(axis), axis), default=None)
+
+
+def _fits(gated: Tensor, signal: Tensor, axis: int) -> bool:
+    """Whether a map is as long as the signal on an axis, counted from the end, as broadcasting does."""
+    at = axis - signal.dim()
+    return gated.dim() >= -at and gated.size(at) == signal.size(axis)
 
 
 def _own_axes(x: Tensor) -> list[int]:
@@ -144,10 +280,13 @@ def _own_axes(x: Tensor) -> list[int]:
     ]
 
 
+def _one_axis(x: Tensor) -> bool:
+    return sum(length > 1 for length in x.shape) == 1
+
+
 def _is_global(t: Tracer, op: Op) -> bool:
     """Whether a pooling leaves one value per channel (and not one per position, over the channels)."""
     output, source = op.outputs[0], op.inputs[0]
-    one_axis = sum(length > 1 for length in output.shape) == 1
-    if not one_axis or output.numel() == source.numel() == 1:
+    if not _one_axis(output) or output.numel() == source.numel() == 1:
         return False
     return bool(varying_axes(t.ids(output))) or not varying_axes(t.ids(source))

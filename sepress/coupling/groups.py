@@ -390,7 +390,7 @@ class _Builder:
                 name=(found.module or "net") + (f"#{times}" if times > 1 else ""),
                 channels=found.channels,
                 activation=found.activation,
-                kind="scale-shift" if found.shifts else "scale",
+                kind=found.kind,
                 producer=self.t.slots.owner(int(made[0])) if len(made) else "",
                 group=groups[number].name if number >= 0 else "",
                 units=units if number >= 0 else np.full(found.channels, -1),
@@ -399,7 +399,8 @@ class _Builder:
             gates.append(gate)
             if number >= 0:
                 group = groups[number]
-                role: Role = "frozen" if group.role == "frozen" else "gated"
+                multiplied = group.role != "frozen" and gate.kind != "shift"
+                role: Role = "gated" if multiplied else group.role
                 groups[number] = replace(group, gates=(*group.gates, gate.name), role=role)
         return tuple(gates)
 

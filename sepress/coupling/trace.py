@@ -364,11 +364,21 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return next(((i, a) for i, a in same if a is x), same[0] if same else None)
 
     def call_site(self, x: Tensor, axis: int) -> CallSite | None:
-        """Return where a tap finds x on a later run: operand of the outermost call."""
+        """Return where a tap finds x on a later run: operand of the outermost call.
+
+        The call may lay its operand out anew (einsum), so long as one axis of it is x's.
+        """
         outer = self._operand(x)
-        if outer is None or self.call is None or outer[1].shape != x.shape:
+        if outer is None or self.call is None:
             return None
-        return CallSite(self.call.index, self.call.name, outer[0], axis, self.module)
+        position, tensor = outer
+        if tensor.shape != x.shape:
+            same = (x.size(axis), x.stride(axis))
+            axes = [a for a in range(tensor.dim()) if (tensor.size(a), tensor.stride(a)) == same]
+            if len(axes) != 1 or tensor.numel() < x.size(axis) or x.storage_offset() != tensor.storage_offset():
+                return None
+            axis = axes[0]
+        return CallSite(self.call.index, self.call.name, position, axis, self.module)
 
     def call_name(self) -> str:
         return self.call.name if self.call else ""

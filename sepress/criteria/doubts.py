@@ -15,11 +15,16 @@ CONSTANT_DEVIATION = 1e-3  # a gate that varies less over images does not recali
 
 def doubts(coupling: Coupling, stats: ExcitationStats | None) -> list[str]:
     """The warnings of a ranking, in words."""
-    found = [] if coupling.gates else ["no SE gate was found: channels are judged without excitation"]
+    gates = tuple(gate for gate in coupling.gates if gate.silent_because is None)
+    silent = dict.fromkeys(gate.silent_because for gate in coupling.gates if gate.silent_because is not None)
+    found = []
+    if not gates:
+        none = f"no gate tells of single channels (each {' or '.join(silent)})" if silent else "no SE gate was found"
+        found.append(f"{none}: channels are judged without excitation")
     if stats is None:
         return found
     if "excitation" in stats.evidence:
-        found += _gate_warnings(coupling.gates, stats)
+        found += _gate_warnings(gates, stats)
     if "contribution" in stats.evidence:
         dead = _dead_units(coupling, stats)
         if dead:

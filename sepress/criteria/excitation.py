@@ -1,8 +1,10 @@
 """What the SE gates say of the channels they scale (Hu et al. 2018, sec. 6.4).
 
-A gate gives a figure for each of its channels. A unit's is the mean over its channels, then over the
-group's gates. Where gates don't cover every unit of a group (the inner channels of a bottleneck, the hidden
-channels of an SE block), it is judged by L2.
+A gate gives a figure for each of its channels; one that has a value for each position or branch gives their
+mean. A unit's is the mean over its channels, then over the group's gates. Gates whose values tell nothing of a
+channel (`Gate.silent_because`: one that only shifts, a softmax over branches) are left out. Where the others
+don't cover every unit of a group (the inner channels of a bottleneck, the hidden channels of an SE block), it
+is judged by L2.
 """
 
 from __future__ import annotations
@@ -56,11 +58,26 @@ def _by_gates(facts: Facts, measured: Callable[[Gate], Tensor], said: str) -> di
     for group in facts.coupling.prunable():
         scores = _over_gates(facts.coupling, group, measured)
         if scores is not None:
-            judged[group.name] = Judgement(scores, count(said, len(group.gates), "gate"))
+            telling = [gate for gate in _gates_of(facts.coupling, group) if gate.silent_because is None]
+            judged[group.name] = Judgement(scores, count(said, len(telling), "gate"))
         else:
-            covered = "no gate" if not group.gates else "its gates cover a part only"
-            judged[group.name] = judged_by_l2(facts, group, because=covered)
+            judged[group.name] = judged_by_l2(facts, group, because=_unsaid(facts.coupling, group))
     return judged
+
+
+def _gates_of(coupling: Coupling, group: CouplingGroup) -> list[Gate]:
+    return [gate for gate in coupling.gates if gate.name in group.gates]
+
+
+def _unsaid(coupling: Coupling, group: CouplingGroup) -> str:
+    """Why no figure of gates judges a group."""
+    reasons = [gate.silent_because for gate in _gates_of(coupling, group)]
+    if not reasons:
+        return "no gate"
+    silent = list(dict.fromkeys(why for why in reasons if why is not None))
+    if None in reasons:
+        return "its gates cover a part only"
+    return f"its gate {' or '.join(silent)}"
 
 
 def _over_gates(
@@ -68,8 +85,8 @@ def _over_gates(
 ) -> np.ndarray | None:
     """The mean over a unit's channels and a group's gates, (U,); None unless gates cover every unit."""
     total, gates = np.zeros(group.units), np.zeros(group.units)
-    for gate in coupling.gates:
-        if gate.name not in group.gates:
+    for gate in _gates_of(coupling, group):
+        if gate.silent_because is not None:
             continue
         covered = gate.units >= 0
         units = gate.units[covered]

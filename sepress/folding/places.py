@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sepress.coupling.slots import names
 from sepress.folding.flow import Cut, Flow, FlowCall
-from sepress.types import Gate, ReplacementKind
+from sepress.types import Gate, GateKind, ReplacementKind
 
 Where = Literal["before", "after", "kept"]  # the weights before, those after, or a multiplication that stays
 
@@ -28,6 +28,13 @@ HOMOGENEOUS = LINEAR | names(
     "relu relu_ leaky_relu leaky_relu_ max_pool1d max_pool2d max_pool3d _max_pool1d _max_pool2d _max_pool3d"
     " adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d amax"
 )
+# Gates that no constant per channel stands for; those of every other kind fold alike.
+UNFOLDABLE: Mapping[GateKind, str] = {
+    "shift": "it does not multiply: what it adds depends on the image",
+    "scale-shift": "it also shifts: what it adds depends on the image",
+    "branch": "it weighs branches: one constant a channel can't stand for one a channel and branch",
+    "local": "its values depend on the position: one constant a channel can't stand for them",
+}
 CONVOLUTIONS = names("conv1d conv2d conv3d")
 NORMS = names("batch_norm instance_norm group_norm")  # gain and bias per channel, after all statistics
 
@@ -52,10 +59,10 @@ class Placement:
 
 def find_block(net: nn.Module, flow: Flow, gate: Gate) -> Block | str:
     """Find the module to replace, or say why there is none."""
-    if gate.kind != "scale":
-        return "it also shifts: what it adds depends on the image"
+    if gate.kind in UNFOLDABLE:
+        return UNFOLDABLE[gate.kind]
     call = flow.calls[gate.site.index]
-    if len(call.operands) != 2 or len(call.results) != 1:
+    if len(call.operands) != 2 or len(call.results) != 1 or call.name == "einsum":
         return f"its multiplication is part of another call ({call.name})"
     s, x = call.operands[gate.site.operand].value, call.operands[1 - gate.site.operand].value
     (product,) = call.results

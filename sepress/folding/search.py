@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -96,8 +96,8 @@ def fold_gates(
     """
     structure = find_structure(net, coupling, images[:1])
     chosen = _chosen(structure, patterns)
-    constants = measure_constants(net, coupling, batches, device=device)
-    constants = {name: constants[name] for name in chosen}
+    named = replace(coupling, gates=tuple(gate for gate in coupling.gates if gate.name in chosen))
+    constants = measure_constants(net, named, batches, device=device)
     losses = measure_losses(net, coupling, batches, constants, device=device)
     order = sorted(chosen, key=lambda name: losses[name].figure)
     tried: list[str] = []

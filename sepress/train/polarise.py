@@ -8,12 +8,13 @@ m (C,), in place of the scale of a batch norm:
 For m within 0..1 it is least with some channels at 1 and the others at 0: with a share q at 1, R / C is
 t q - 2 q (1 - q), least at q = (2 - t) / 4; so t follows from the share that is to be open. The mean is the
 gate's own (the paper's is over all layers): excitations of different layers are not comparable raw. R is
-divided by C, and averaged over the gates.
+divided by C, and averaged over the gates. Gates that can't be driven so are left alone, and named: those without
+a squash, and those whose values tell nothing of a channel (`Gate.silent_because`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -51,14 +52,20 @@ class Polarisation:
             )
         if not self.gates:
             raise InputError(
-                "the net has no gate with a squash (sigmoid, hardsigmoid, ...), and so nothing to polarise",
+                "the net has no gate with a squash (sigmoid, hardsigmoid, ...), and so nothing to polarise"
+                + "".join(f"; {note}" for note in self.left_alone),
                 remedy="`sepress inspect MODEL` lists the gates. Prune by another criterion.",
             )
 
     @property
     def gates(self) -> tuple[Gate, ...]:
         """The gates that are driven apart."""
-        return tuple(gate for gate in self.coupling.gates if gate.activation != UNBOUNDED)
+        return tuple(gate for gate in self.coupling.gates if _why_not(gate) is None)
+
+    @property
+    def left_alone(self) -> list[str]:
+        """The other gates, each with its reason."""
+        return [f"{gate.name} {why}" for gate in self.coupling.gates if (why := _why_not(gate)) is not None]
 
     @property
     def identity(self) -> Mapping[str, JSON]:
@@ -70,7 +77,7 @@ class Polarisation:
         means: list[Tensor] = []
 
         def note(gate: Gate, s: Tensor) -> None:
-            if gate.activation != UNBOUNDED:
+            if _why_not(gate) is None:
                 means.append(s.float().movedim(gate.site.axis, 0).flatten(1).mean(1))  # (C,)
 
         def penalty() -> Tensor:
@@ -80,6 +87,11 @@ class Polarisation:
 
         with Taps(net, self.coupling, on_gate=note):
             yield penalty
+
+
+def _why_not(gate: Gate) -> str | None:
+    """Why a gate can't be driven apart; None where it can."""
+    return gate.silent_because or ("has no squash" if gate.activation == UNBOUNDED else None)
 
 
 def polarisation(m: Tensor, *, open_share: float) -> Tensor:
@@ -108,8 +120,8 @@ def decisions(val_top1: float, mean_excitation: Mapping[str, Tensor]) -> Decisio
     return Decisions(val_top1, closed, opened)
 
 
-def polarisation_notes(before: Decisions, after: Decisions) -> list[str]:
-    """Say what polarising cost, and what became of each gate."""
+def polarisation_notes(before: Decisions, after: Decisions, left_alone: Sequence[str] = ()) -> list[str]:
+    """Say what polarising cost, what became of each gate, and which gates it left alone."""
     gates = [
         f"{name} {before.closed[name]:.0%} / {before.open[name]:.0%} -> "
         f"{after.closed[name]:.0%} / {after.open[name]:.0%}"
@@ -118,4 +130,5 @@ def polarisation_notes(before: Decisions, after: Decisions) -> list[str]:
     return [
         f"polarised: top-1 on validation {before.val_top1:.2%} -> {after.val_top1:.2%}",
         f"channels of a mean excitation under {CLOSED} / over {OPEN}, by gate: {', '.join(gates)}",
+        *([f"gates left alone: {', '.join(left_alone)}"] if left_alone else []),
     ]
