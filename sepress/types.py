@@ -22,15 +22,15 @@ Target = Literal["ratio", "target_macs", "target_params", "target_latency"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 Removed = Mapping[str, "tuple[int, ...]"]  # group name -> sorted units that go
 ReplacementKind = Literal["identity", "scale", "excitation"]  # see models/folded.py
-# What a gate does with its signal s, and so what its values say; in the order in which a kind is decided.
-#   shift         s is only added to the map (GCNet, Cao et al. 2019, eq. 5): there is no excitation
+# What a gate does with its signal s, and so what its values say; the first that fits is a gate's kind.
+#   shift         s is only added to the map (GCNet, Cao et al. 2019, sec. 3.3): there is no excitation
 #   scale-shift   one part multiplies (and is s), another part is added
-#   local         one s a channel and position, computed at fewer of these and spread: GatherExcite (Hu et al.
-#                 2018, Gather-Excite, sec. 3), DFC attention (GhostNetV2, Tang et al. 2022, sec. 3.2)
-#   branch        one s a channel and branch, which weighs branches: selective kernels (Li et al. 2019, sec. 3.1),
-#                 split attention (ResNeSt, Zhang et al. 2020, sec. 3.1)
+#   local         one s a channel and position, computed at fewer of these and spread: GatherExcite (Hu et
+#                 al. 2018b, sec. 3), DFC attention (GhostNetV2, Tang et al. 2022, sec. 3.2)
+#   branch        one s a channel and branch, which weighs branches: selective kernels (Li et al. 2019,
+#                 sec. 3.1), split attention (ResNeSt, Zhang et al. 2020, sec. 3.1)
 #   channel-conv  s by a convolution along the channels (ECA-Net, Wang et al. 2020, sec. 3.2)
-#   context       the squeeze weighs positions by a softmax (GCNet, sec. 3.3), and s multiplies
+#   context       the squeeze weighs positions by a softmax (as GCNet's), and s multiplies
 #   scale         one s a channel multiplies: Squeeze-and-Excitation, ESE, CBAM's channel part
 GateKind = Literal["shift", "scale-shift", "local", "branch", "channel-conv", "context", "scale"]
 

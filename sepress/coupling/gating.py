@@ -1,9 +1,9 @@
-"""Find gates: maps that are multiplied by, or added to, a signal of few values that says how much of each counts.
+"""Find gates: maps multiplied by (or added to) a signal that says how much each channel counts.
 
-Class names never decide. Marks travel with storages and say what a signal descends from. Two things make a gate
-of a product: the signal comes only from global poolings of activations (Hu et al. 2018, sec. 3); or it is
-squashed and holds fewer values than the map, or was computed at fewer positions and spread over it (GatherExcite,
-Hu et al. 2018b, sec. 3; GhostNetV2's DFC, Tang et al. 2022, sec. 3.2). `types.GateKind` says which kinds follow.
+Class names never decide. Marks travel with storages and say what a signal descends from. A product is a gate
+where the signal comes only from global poolings of activations (Hu et al. 2018, sec. 3); or where it is
+squashed, and holds fewer values than the map or was spread over it from fewer positions (GatherExcite, Hu et
+al. 2018b, sec. 3; GhostNetV2's DFC, Tang et al. 2022, sec. 3.2). `types.GateKind` lists the kinds.
 """
 
 from __future__ import annotations
@@ -112,20 +112,19 @@ class GateFinder:
 
     def _marked(self, t: Tracer, op: Op) -> Mark | None:
         """What is to be known of the outputs."""
-        signals = [x for x in op.inputs if x in t.shadows]
-        marks = [mark for x in signals if (mark := self.marks.get(x)) is not None]
-        complete = len(marks) == len(signals) > 0
+        marks = [mark for x in op.signals if (mark := self.marks.get(x)) is not None]
+        complete = len(marks) == len(op.signals)
         mutable = op.func._schema.is_mutable
         if not (complete and all(mark.pooled for mark in marks)) and not mutable:
             if op.name in POOLINGS and _is_global(t, op):
                 return Mark(pooled=True, weighted=any(mark.weighted for mark in marks))
             weights = [mark for mark in marks if mark.shares and not mark.pooled]
-            if weights and len(signals) == 2 and op.name in ("bmm", "mul"):
+            if weights and len(op.signals) == 2 and op.name in ("bmm", "mul"):
                 if op.name == "mul":
                     return Mark(pooled=False, weighted=True)
                 if _one_axis(op.outputs[0]) and varying_axes(t.ids(op.outputs[0])):
                     return Mark(pooled=True, weighted=True)
-        if complete or len(signals) == 1:
+        if complete or len(op.signals) == 1:
             mark = _descendant(t, op, marks)
             told = mark.pooled or mark.spread or mark.weighted or mark.squash != "none"
             return mark if told else None
@@ -172,7 +171,7 @@ class GateFinder:
         return "context" if mark.weighted else "scale"
 
     def _add(self, t: Tracer, op: Op, addends: Sequence[Tensor]) -> None:
-        """A pooled signal added to what a gate scaled: the gate also shifts. To another map: it only shifts."""
+        """A pooled signal added to what a gate scaled: the gate shifts too. To another map: it only does."""
         for shifted, signal in (addends, reversed(addends)):
             mark, around = self.marks.get(signal), self.marks.get(shifted)
             own = _own_axes(signal)
@@ -255,8 +254,9 @@ def _is_along_channels(t: Tracer, op: Op) -> bool:
 def _channel_axis(t: Tracer, mark: Mark, signal: Tensor) -> int | None:
     """Return the axis on which a signal holds one value a channel, or None where it can't be a gate's.
 
-    A pooled signal of one axis needs nothing else, any other must be squashed: the product of two unbounded
-    signals weighs nothing. Where channels and branches both have ids, channels are the longer (as in rules.py).
+    A pooled signal of one axis needs nothing else, any other must be squashed: the product of two
+    unbounded signals weighs nothing. Where channels and branches both have ids, channels are the longer
+    axis (as in rules.py).
     """
     own = _own_axes(signal)
     if mark.pooled and len(own) == 1:

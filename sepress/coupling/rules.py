@@ -43,6 +43,7 @@ class Op:
     args: Sequence[Any]
     kwargs: dict[str, Any]
     inputs: list[Tensor]
+    signals: list[Tensor]  # those inputs that held activations before it ran
     outputs: list[Tensor]
     statistics: bool = False  # set by a rule: it sums up over channels, so its result changes with removal
 

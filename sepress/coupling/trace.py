@@ -162,12 +162,13 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        traced = any(x in self.shadows for x in inputs)
+        signals = [x for x in inputs if x in self.shadows]
+        traced = bool(signals)
         if traced and name in ("_local_scalar_dense", "is_nonzero", "item"):
             raise _data_dependent(self.module)
         result = func(*args, **kwargs)
         outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
-        op = Op(name, func, args, kwargs, inputs, outputs)
+        op = Op(name, func, args, kwargs, inputs, signals, outputs)
         if name not in rules.FACTORIES and (traced or any(self.is_parametric(x) for x in inputs)):
             self._interpret(op, traced)
         if name not in LAYOUT_OPS:
@@ -375,7 +376,11 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if tensor.shape != x.shape:
             same = (x.size(axis), x.stride(axis))
             axes = [a for a in range(tensor.dim()) if (tensor.size(a), tensor.stride(a)) == same]
-            if len(axes) != 1 or tensor.numel() < x.size(axis) or x.storage_offset() != tensor.storage_offset():
+            if (
+                len(axes) != 1
+                or tensor.numel() < x.size(axis)
+                or x.storage_offset() != tensor.storage_offset()
+            ):
                 return None
             axis = axes[0]
         return CallSite(self.call.index, self.call.name, position, axis, self.module)

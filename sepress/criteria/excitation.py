@@ -1,10 +1,10 @@
 """What the SE gates say of the channels they scale (Hu et al. 2018, sec. 6.4).
 
 A gate gives a figure for each of its channels; one that has a value for each position or branch gives their
-mean. A unit's is the mean over its channels, then over the group's gates. Gates whose values tell nothing of a
-channel (`Gate.silent_because`: one that only shifts, a softmax over branches) are left out. Where the others
-don't cover every unit of a group (the inner channels of a bottleneck, the hidden channels of an SE block), it
-is judged by L2.
+mean. A unit's is the mean over its channels, then over the group's gates. Gates whose values tell nothing
+of a channel (`Gate.silent_because`: one that only shifts, a softmax over branches) are left out. Where the
+others don't cover every unit of a group (the inner channels of a bottleneck, the hidden channels of an SE
+block), it is judged by L2.
 """
 
 from __future__ import annotations

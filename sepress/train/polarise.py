@@ -8,8 +8,8 @@ m (C,), in place of the scale of a batch norm:
 For m within 0..1 it is least with some channels at 1 and the others at 0: with a share q at 1, R / C is
 t q - 2 q (1 - q), least at q = (2 - t) / 4; so t follows from the share that is to be open. The mean is the
 gate's own (the paper's is over all layers): excitations of different layers are not comparable raw. R is
-divided by C, and averaged over the gates. Gates that can't be driven so are left alone, and named: those without
-a squash, and those whose values tell nothing of a channel (`Gate.silent_because`).
+divided by C, and averaged over the gates. Gates that can't be driven so are left alone, and named: those
+without a squash, and those whose values tell nothing of a channel (`Gate.silent_because`).
 """
 
 from __future__ import annotations
