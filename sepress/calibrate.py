@@ -23,7 +23,7 @@ from sepress.coupling import Coupling
 from sepress.errors import InputError
 from sepress.gates import ReaderCall, Taps, mean_per_channel, rows_per_image, spread
 from sepress.modes import kept_modes
-from sepress.moments import Moments, from_sums, moment_sums, output_square
+from sepress.moments import Moments, as_read, from_sums, moment_sums, output_square
 from sepress.types import Gate, Reader
 
 EVIDENCE = (
@@ -377,7 +377,7 @@ class _Collector:
     def _on_call(self, reader: Reader, call: ReaderCall) -> None:
         if reader_key(reader) not in self._refitted:
             return
-        weight, key = self._weights[reader.parameter], reader_key(reader)
+        weight, key = as_read(self._weights[reader.parameter], reader), reader_key(reader)
         if "sensitivity" in self._evidence and call.result.requires_grad:
             on_gradient = partial(self._on_gradient, f"sensitivity/{key}", reader)
             call.result.register_hook(on_gradient)  # type: ignore[no-untyped-call]

@@ -76,7 +76,7 @@ class Taps(TorchFunctionMode):
         if on_read is not None:
             for reader in coupling.readers:
                 self._handlers.setdefault(reader.site.index, []).append(
-                    (reader.site, partial(on_read, reader))
+                    (reader.site, partial(_image_by_image, on_read, reader))
                 )
         self._products: dict[int, list[tuple[Gate, OnProduct]]] = {}
         if on_product is not None:
@@ -118,10 +118,10 @@ class Taps(TorchFunctionMode):
             args, kwargs = self._visit(index, func, args, kwargs or {})
         result = func(*args, **kwargs) if kwargs else func(*args)
         for reader, watch in self._watchers.get(index, ()):
-            watch(
-                reader,
-                ReaderCall(func, args, kwargs or {}, _operand(reader.site, func, args, kwargs), result),
-            )
+            x = _operand(reader.site, func, args, kwargs)
+            images = _unfolded(reader, x)
+            given = result.reshape(len(images), -1, *result.shape[2:]) if images is not x else result
+            watch(reader, ReaderCall(func, args, kwargs or {}, images, given))
         return result
 
     def _visit(
@@ -204,6 +204,17 @@ def rows_per_image(x: Tensor, axis: int, images: int) -> int:
             "fisher and gate-taylor, up to each layer that reads a channel.",
         )
     return rows
+
+
+def _unfolded(reader: Reader, x: Tensor) -> Tensor:
+    """What a reader reads, images apart: (1, N P, ...), as a mixed weight needs it, to (N, P, ...)."""
+    channels = len(reader.unit)
+    return x.reshape(-1, channels, *x.shape[2:]) if reader.mixed and x.shape[1] != channels else x
+
+
+def _image_by_image(on_read: OnRead, reader: Reader, x: Tensor) -> Tensor | None:
+    seen = on_read(reader, _unfolded(reader, x))
+    return None if seen is None else seen.reshape(x.shape)
 
 
 def _operand(site: CallSite, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Tensor:

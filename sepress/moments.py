@@ -48,6 +48,11 @@ def form_of(weight: Tensor, reader: Reader) -> Form:
     return Form(reader.groups, positions, taps if positions * taps <= WIDEST else 1)
 
 
+def as_read(weight: Tensor, reader: Reader) -> Tensor:
+    """A layer's weight; a bank's experts as so many further outputs, those of one output side by side."""
+    return weight.reshape(reader.mixed).transpose(0, 1).flatten(0, 1) if reader.mixed else weight
+
+
 def arrange(weight: Tensor, reader: Reader, form: Form) -> Tensor:
     """A weight as (blocks, outputs, variables): what a row of one block is multiplied with, by output."""
     if reader.transposed:  # (I, O / g, ...)

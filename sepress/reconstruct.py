@@ -20,7 +20,7 @@ from sepress import console
 from sepress.calibrate import ExcitationStats, judged_positions, reader_key
 from sepress.coupling import Coupling
 from sepress.errors import SepressError
-from sepress.moments import Form, Moments, arrange, form_of, put
+from sepress.moments import Form, Moments, arrange, as_read, form_of, put
 from sepress.types import Reader, Removed
 
 RIDGE = 1e-3  # of each variable's own variance: what is less than that is not told from noise
@@ -183,7 +183,8 @@ def order_groups(
             if moments is None:
                 continue
             readers += 1
-            weight = _felt(parameters[reader.parameter], reader, stats.sensitivity(reader) if felt else None)
+            bank = as_read(parameters[reader.parameter], reader)
+            weight = _felt(bank, reader, stats.sensitivity(reader) if felt else None)
             consumers += _consumers(weight, reader, moments, at == number, group.units)
         if consumers:
             order, costs = removal_order(consumers, group.units)
@@ -270,13 +271,15 @@ def compensate(net: nn.Module, coupling: Coupling, stats: ExcitationStats, remov
     worst = 1.0
     for parameter, readers in console.track(readers_by_parameter(coupling).items(), "refitting"):
         gone = _gone(coupling, readers[0], removed)
-        if not gone.any():
+        if not any(_gone(coupling, reader, removed).any() for reader in readers):
             continue
         parts = [stats.moments(reader) for reader in readers]
         known = [part for part in parts if part is not None]
         owner, _, name = parameter.rpartition(".")
         weight = getattr(modules[owner], name)
-        if len({reader.dim for reader in readers}) > 1:
+        if any(reader.mixed for reader in readers):
+            left[parameter] = "they are mixed anew for each image"
+        elif len({reader.dim for reader in readers}) > 1:
             left[parameter] = "they are read along both axes"
         elif len(known) < len(parts):
             left[parameter] = "what they read was not measured"

@@ -210,13 +210,16 @@ class Reader:
     """A conv or linear layer that reads a group's tensor, and so ends it: where channels count."""
 
     parameter: str  # the weight, state-dict name
-    dim: int  # the weight's input axis
+    dim: int  # the weight's input axis; of a mixed one, one expert's
     groups: int  # of the convolution; 1 otherwise
     transposed: bool
     pooled: bool  # reads what descends only from a global pooling (an SE squeeze or its expand)
     site: CallSite  # the operand is the activation read, axis its channel axis
     group: np.ndarray  # (positions on the axis,) int: index into Coupling.groups, -1 for none
     unit: np.ndarray  # (positions on the axis,) int: unit of that group
+    # (experts, out, in, ...) where the weight is mixed for each image from a bank, `parameter`, of that shape
+    # but for flat axes; several images then lie folded beside the channels of the operand.
+    mixed: tuple[int, ...] = ()
 
 
 # ---- evidence -----------------------------------------------------------------------------------

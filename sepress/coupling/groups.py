@@ -365,8 +365,8 @@ class _Builder:
         keys = self.group_of[order] * len(slots.axes) + slots.axis_of[order]
         for part in np.split(order, np.flatnonzero(np.diff(keys)) + 1) if len(order) else ():
             axis = int(slots.axis_of[part[0]])
-            parameter, dim = slots.axes[axis]
-            member = Member(slots.names[parameter], dim, self.unit_of[part], part - self._first_of_axis(axis))
+            dim, which, index = slots.places(axis, part - self._first_of_axis(axis))
+            member = Member(slots.names[slots.axes[axis][0]], dim, self.unit_of[part][which], index)
             members[int(self.group_of[part[0]])].append(member)
         return [tuple(parts) for parts in members]
 
@@ -426,6 +426,7 @@ class _Builder:
                 site=read.site,
                 group=self.group_of[read.ids],
                 unit=self.unit_of[read.ids],
+                mixed=read.mixed,
             )
             for read in self.t.readers
             if (self.group_of[read.ids] >= 0).any()
@@ -470,7 +471,7 @@ class _Builder:
             groups=tuple(groups),
             producers=self.producers(),
             readers=self.readers(),
-            shapes=dict(zip(slots.names, slots.shapes, strict=True)),
+            shapes=dict(zip(slots.names, slots.stored, strict=True)),
             parameters=frozenset(slots.parameters),
             calls=tuple(self.t.calls),
             _unit_of_slot=unit_of_slot,

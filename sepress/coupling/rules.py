@@ -61,9 +61,13 @@ Rule = Callable[["Tracer", Op], None]
 # ---- element-wise -------------------------------------------------------------------------------
 def pointwise(t: Tracer, op: Op) -> None:
     """Ids that meet at one position are one channel; a parameter's slots are too (gain, bias, PReLU)."""
+    bank = next((x for x in op.inputs if t.banks.is_bank(t, x)), None)
+    if bank is not None:
+        return mixed_by_factors(t, op, bank)
     ids = _meet(t, op.inputs)
     for output in op.outputs:
         t.write(output, ids.expand(output.shape))
+    return None
 
 
 def _meet(t: Tracer, inputs: list[Tensor]) -> Tensor:
@@ -161,7 +165,8 @@ def convolution(t: Tracer, op: Op) -> None:
     reads_channels = varies(ids, 1)
     why = None
     if not t.is_parametric(weight):
-        why = "convolution with a weight that is not a parameter"
+        why = "convolution with a weight computed from activations"
+        t.banks.note(t, weight)
     elif made is None and output.size(1) > 1:
         why = "a weight whose layout is unclear"
     elif not reads_channels and varying_axes(ids):
@@ -227,13 +232,16 @@ def _dense_input(t: Tracer, slots: np.ndarray | None, ids: Tensor, axis: int) ->
 
 
 def _bias(t: Tracer, bias: Tensor | None, made: np.ndarray) -> None:
-    if bias is None or not t.is_parametric(bias):
+    if bias is None:
         return
+    if not t.is_parametric(bias):
+        return tie(t, made, t.ids(bias), bias.dim() - 1)
     slots = t.slots_along(bias, bias.dim() - 1)
     if slots is not None:
         t.facts.unify(slots, made)
     elif bias.numel() > 1:
         t.freeze(made, "a bias whose layout is unclear")
+    return None
 
 
 def _freeze_layer(t: Tracer, ids: Tensor, weights: list[Tensor], why: str) -> None:
@@ -249,6 +257,8 @@ def matrix_product(t: Tracer, op: Op) -> None:
     """x @ w with a parameter on the right is a linear layer: rows of w read, columns make."""
     bias, x, weight = op.args if op.name == "addmm" else (None, op.args[0], op.args[1])
     output = op.outputs[0]
+    if t.banks.is_bank(t, weight) and not t.is_parametric(x):
+        return mixed_by_product(t, op, x, weight)
     t.count_macs(1, t.axis_ids(x, 0), t.axis_ids(weight, 0), t.axis_ids(weight, 1))
     if not t.is_parametric(weight) and not t.is_parametric(x):
         ids = _contract(t, t.ids(x)[None], t.ids(weight)[None], (1, *output.shape))
@@ -290,6 +300,8 @@ def _linear_over_positions(t: Tracer, output: Tensor, ids: Tensor, weight: Tenso
 def batched_product(t: Tracer, op: Op) -> None:
     """Activation times activation (attention): what is summed over must be the same channels."""
     a, b = (op.args[1], op.args[2]) if op.name == "baddbmm" else (op.args[0], op.args[1])
+    if t.banks.is_bank(t, b) and not t.is_parametric(a) and len(b) == 1:
+        return mixed_by_product(t, op, a[0], b[0])
     t.count_macs(1, *(t.axis_ids(a, axis) for axis in range(3)), t.axis_ids(b, 2))
     if t.is_parametric(a) or t.is_parametric(b):
         _freeze_layer(t, no_ids(()), [a, b], "a batched product with a parameter")
@@ -297,6 +309,7 @@ def batched_product(t: Tracer, op: Op) -> None:
     if op.name == "baddbmm":
         ids = join(t, [ids, t.ids(op.args[0])])
     t.write(op.outputs[0], ids)
+    return None
 
 
 def _contract(t: Tracer, a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -317,6 +330,43 @@ def _contract(t: Tracer, a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor
     if b_keeps:
         return b[:, :1, :].expand(shape)
     return join(t, [a[:, :1, :1], b[:, :1, :1]]).expand(shape)
+
+
+# ---- weights mixed from a bank (see banks.py) ---------------------------------------------------
+def mixed_by_product(t: Tracer, op: Op, x: Tensor, bank: Tensor) -> None:
+    """Routing (1, K) @ bank (K, P): a weight for this image, whose elements are those of any one expert."""
+    experts = t.slots_along(bank, 0)
+    t.count_macs(x.size(0), t.axis_ids(bank, 0), *_axes_walked(t, bank[0]))
+    _dense_input(t, experts, t.ids(x), 1)
+    t.derive(op.outputs[0], t.elements(bank)[0].expand(op.outputs[0].shape))
+    if op.name == "mm" and bank.dim() == len(t.slots.stored[t.slots.find(bank) or 0]):
+        t.add_reader(op, x, bank, 0, 1, False)
+
+
+def mixed_by_factors(t: Tracer, op: Op, bank: Tensor) -> None:
+    """A bank times factors of its experts, or of other axes of it: what these count goes with the axis."""
+    shape = op.outputs[0].shape
+    for x in op.inputs:
+        if t.is_parametric(x):
+            continue
+        ids = t.ids(x)
+        for axis in varying_axes(ids):
+            at = axis - x.dim() + bank.dim()
+            slots = t.slots_along(bank, at) if at >= 0 and bank.size(at) > 1 else None
+            if slots is None:
+                t.freeze(distinct(ids), "scales a weight along an axis that it has not")
+            else:
+                tie(t, slots, ids, axis)
+    t.derive(op.outputs[0], t.elements(bank).expand(shape))
+
+
+def _axes_walked(t: Tracer, expert: Tensor) -> list[np.ndarray | int]:
+    """Return the axes of a bank that one expert's elements, all of them, run over."""
+    number = t.slots.parameter_of(int(t.elements(expert)[(0,) * expert.dim()]))
+    assert number is not None
+    first, shape = t.slots.first_slot[number], t.slots.shapes[number]
+    axes = [np.arange(f, f + n) for f, n in zip(first, shape, strict=True)][1:]
+    return list(axes) if np.prod(shape[1:]) == expert.numel() else [expert.numel()]
 
 
 def fused_attention(t: Tracer, op: Op) -> None:

@@ -6,7 +6,8 @@ columns that read it. Rules (rules.py) state which slots are one; the components
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from math import prod
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ PADDING = 1  # zeros that a pad put beside channels; their number is written in 
 FIRST_SLOT = 2
 
 Ids = np.ndarray  # int64 slot ids
+Layouts = Mapping[tuple[str, int], tuple[int, ...]]  # (parameter, dim) -> the axes that lie flat on that dim
 
 
 def names(text: str) -> frozenset[str]:
@@ -37,16 +39,20 @@ def named_tensors(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
 class SlotTable:
     """The slots of a net, and which of them an axis of a (view of a) parameter holds.
 
-    Parameters are known by where they lie in memory, so tied ones are one and views need no names.
+    Parameters are known by where they lie in memory, so tied ones are one and views need no names. A dim on
+    which `layouts` says that several axes lie flat counts as these: a bank of weights (experts, out x in x k x
+    k) has an output and an input axis, and an index of its second dim lies on both.
     """
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, layouts: Layouts | None = None) -> None:
         self.names: list[str] = []  # first name where tied
-        self.shapes: list[tuple[int, ...]] = []
+        self.shapes: list[tuple[int, ...]] = []  # with flat dims taken apart, as all that follows
+        self.stored: list[tuple[int, ...]] = []  # as the net holds them
         self.parameters: set[str] = set()
         self.axes: list[tuple[int, int]] = []  # axis number -> (parameter, dim)
         self.first_slot: list[list[int]] = []  # [parameter][dim] -> id of index 0
         self.clashing: set[int] = set()  # parameters that share memory in another layout
+        self._layouts = layouts or {}
         self._strides: list[tuple[int, ...]] = []
         self._memory: dict[int, list[tuple[int, int, int]]] = {}  # storage -> (start, stop, parameter)
         self._first_element = [1]  # of each parameter, in a count over all; 0 means 'unclear'
@@ -57,19 +63,49 @@ class SlotTable:
             if self._is_known(tensor):
                 continue
             number = len(self.names)
+            shape, strides = self._taken_apart(name, tensor)
             self.names.append(name)
-            self.shapes.append(tuple(tensor.shape))
-            self._strides.append(tensor.stride())
+            self.stored.append(tuple(tensor.shape))
+            self.shapes.append(shape)
+            self._strides.append(strides)
             self._first_element.append(self._first_element[-1] + tensor.numel())
             if id(tensor) in trained:
                 self.parameters.add(name)
             self.first_slot.append([])
-            for dim, length in enumerate(tensor.shape):
+            for dim, length in enumerate(shape):
                 self.first_slot[-1].append(self.size)
                 axis_of.append(np.full(length, len(self.axes)))
                 self.axes.append((number, dim))
                 self.size += length
         self.axis_of = np.concatenate(axis_of)
+
+    def _taken_apart(self, name: str, tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shape and strides of a tensor whose flat dims count as several."""
+        shape: list[int] = []
+        strides: list[int] = []
+        for dim, (length, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+            parts = self._layouts.get((name, dim), (length,))
+            shape += parts
+            strides += [stride * prod(parts[at + 1 :]) for at in range(len(parts))]
+        return tuple(shape), tuple(strides)
+
+    def places(self, axis: int, indices: Ids) -> tuple[int, Ids, Ids]:
+        """Return the dim of the parameter as held that an axis lies on, and where the axis' indices lie on it.
+
+        Two arrays: positions into `indices`, and for each an index of the dim; several for one on a flat dim.
+        """
+        number, axis_dim = self.axes[axis]
+        first = 0
+        for dim, length in enumerate(self.stored[number]):
+            parts = self._layouts.get((self.names[number], dim), (length,))
+            if axis_dim < first + len(parts):
+                break
+            first += len(parts)
+        if len(parts) == 1:
+            return dim, np.arange(len(indices)), indices
+        flat = np.arange(length).reshape(parts)
+        rows = np.moveaxis(flat, axis_dim - first, 0)[indices].reshape(len(indices), -1)
+        return dim, np.repeat(np.arange(len(indices)), rows.shape[1]), rows.ravel()
 
     def _is_known(self, tensor: Tensor) -> bool:
         """Whether these elements were met before; if not, note where they lie."""
@@ -78,7 +114,8 @@ class SlotTable:
         places = self._memory.setdefault(tensor.untyped_storage()._cdata, [])
         for other_start, other_stop, other in places:
             if (other_start, other_stop) == (start, stop):
-                if self._strides[other] != tensor.stride() or self.shapes[other] != tuple(tensor.shape):
+                mine = self._taken_apart(self.names[other], tensor)
+                if self.stored[other] != tuple(tensor.shape) or self._strides[other] != mine[1]:
                     self.clashing.add(other)
                 return True
             if start < other_stop and other_start < stop:
@@ -93,6 +130,11 @@ class SlotTable:
             if start <= offset < stop:
                 return number
         return None
+
+    def parameter_of(self, element: int) -> int | None:
+        """Return the number of the parameter that an element number is of; 0 is of none."""
+        number = int(np.searchsorted(self._first_element, element, "right")) - 1
+        return number if 0 <= number < len(self.names) else None
 
     def elements(self, tensor: Tensor) -> Tensor:
         """Return the number of the parameter element that each element of a view is."""

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from sepress.coupling import rules
 from sepress.coupling.claims import Claims
+from sepress.coupling.banks import BankFinder
 from sepress.coupling.gating import GateFinder, Mark
 from sepress.coupling.rules import Op
 from sepress.coupling.scaling import ATTENTION, Rescaling, Scales
@@ -111,6 +112,7 @@ class ReadBy:
     site: CallSite
     ids: np.ndarray  # along the axis read
     mark: Mark | None
+    mixed: tuple[int, ...]  # see types.Reader
 
 
 NETWORK_OUTPUT = "network output"  # the reason that freezes what the net returns
@@ -132,9 +134,12 @@ class Product:
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Interprets every operation on ids beside its real execution; collects facts for groups.py."""
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, banks: BankFinder) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.slots = SlotTable(net)
+        self.banks = banks
+        self.slots = SlotTable(
+            net, {(name, dim): axes for name, flat in banks.known.items() for dim, axes in flat.items()}
+        )
         self.facts = Facts()
         self.shadows = Shadows()
         self.derived = Shadows(torch.int64)  # element numbers of tensors computed from parameters
@@ -175,7 +180,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._record(op)
         self._dispatched += 1
         if self._dispatched % SWEEP_EVERY == 0:
-            for memory in (self.shadows, self.derived, self.gates, self.scales):
+            for memory in (self.shadows, self.derived, self.gates, self.scales, self.banks):
                 memory.sweep()
         return result
 
@@ -195,6 +200,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.scales.observe(self, op)
         if traced:
             self.gates.observe(self, op)
+            self.banks.follow(self, op)
 
     def _record(self, op: Op) -> None:
         statistics = op.statistics
@@ -341,8 +347,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ids = self.ids(x)
         if slots is None or self.call is None or self.call.name not in READING_CALLS or not varies(ids, 1):
             return
-        outer = self._operand(x)
-        if outer is None:
+        outer, mixed = self._operand(x), self.banks.mixed_shape(self, weight)
+        if outer is None or mixed is None:
             return
         position, tensor = outer
         channels = tensor.dim() - x.dim() + 1 if op.name not in ("mm", "addmm") else tensor.dim() - 1
@@ -351,8 +357,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         parameter, dim = self.slots.axes[self.slots.axis_of[slots[0]]]
         site = CallSite(self.call.index, self.call.name, position, channels, self.module)
-        mark = self.gates.marks.get(x)
-        self.readers.append(ReadBy(self.slots.names[parameter], dim, groups, transposed, site, read, mark))
+        name, mark = self.slots.names[parameter], self.gates.marks.get(x)
+        dim = axis if mixed else dim
+        self.readers.append(ReadBy(name, dim, groups, transposed, site, read, mark, mixed))
 
     # ---- the call that runs ---------------------------------------------------------------------
     def _operand(self, x: Tensor) -> tuple[int, Tensor] | None:
@@ -551,8 +558,15 @@ def traceable(net: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
 
 def run_tracer(net: nn.Module, inputs: Inputs) -> Tracer:
     """Trace one forward of one image; raises InputError where the forward fails or decides on data."""
+    tracer = _run_once(net, inputs, BankFinder())
+    while tracer.banks.found:
+        tracer = _run_once(net, inputs, BankFinder({**tracer.banks.known, **tracer.banks.found}))
+    return tracer
+
+
+def _run_once(net: nn.Module, inputs: Inputs, banks: BankFinder) -> Tracer:
     arguments = one_image(inputs)
-    tracer = Tracer(net)
+    tracer = Tracer(net, banks)
     for x in arguments:
         tracer.write(x, no_ids(x.shape))
     with undisturbed(net), _module_paths(net, tracer.modules), tagged_attributes(net):

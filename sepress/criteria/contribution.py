@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sepress.criteria.judging import Facts, Judgement, count, judged_by_l2, per_unit, readings
 from sepress.errors import SepressError
+from sepress.moments import as_read
 from sepress.types import Reader
 
 
@@ -42,7 +43,7 @@ def contribution(facts: Facts) -> dict[str, Judgement]:
 
 def weight_energy(weight: Tensor, reader: Reader) -> np.ndarray:
     """The summed squares of the weights that multiply each position of what a layer reads, (P,)."""
-    w = weight.detach().cpu().double().square()
+    w = as_read(weight, reader).detach().cpu().double().square()
     if reader.groups > 1 and not reader.transposed:
         # (O, I/g, ...): block b of the outputs reads block b of the inputs
         blocks = w.reshape(reader.groups, w.shape[0] // reader.groups, w.shape[1], -1)
