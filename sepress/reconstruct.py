@@ -326,7 +326,7 @@ def biases(
         caller, own = modules[reader.site.module], modules[owner]
         tied = getattr(caller, name, None) is getattr(own, name)  # or the weight is used from elsewhere
         bias = getattr(caller if tied else own, "bias", None)
-        if name == "weight" and isinstance(bias, Tensor):
+        if name == "weight" and isinstance(bias, Tensor) and bias.dim() == 1:  # more: a bank of them
             found[bias].append(number)
     return found
 

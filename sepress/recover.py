@@ -165,7 +165,12 @@ def _layers(net: nn.Module, own: Coupling, coupling: Coupling, removed: Removed)
         weight = getattr(modules[owner], name)
         ways = {reader.dim for reader in readers} | {reader.dim for reader in before[parameter]}
         added = list(biases(modules, parameter, readers))
-        if any(reader.mixed for reader in readers) or len(ways) > 1 or len(readers) != len(before[parameter]) or len(added) > 1:
+        if (
+            any(reader.mixed for reader in readers)
+            or len(ways) > 1
+            or len(readers) != len(before[parameter])
+            or len(added) > 1
+        ):
             continue
         bias = added[0] if added else None
         outputs = 1 - readers[0].dim if weight.dim() == 2 else 0

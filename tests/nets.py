@@ -365,6 +365,80 @@ class PaddedShortcut(nn.Module):
         return self.head(self.b(x) + F.pad(x, (0, 0, 0, 0, 0, 4)))
 
 
+class FlatBank(nn.Module):
+    """Conditional convolution as timm has it: sigmoid routing over experts that lie flat, with biases."""
+
+    def __init__(self, inputs: int, outputs: int, experts: int = 3, groups: int = 1) -> None:
+        super().__init__()
+        self.inputs, self.outputs, self.groups = inputs, outputs, groups
+        self.weight = nn.Parameter(torch.randn(experts, outputs * (inputs // groups) * 9) * 0.3)
+        self.bias = nn.Parameter(torch.randn(experts, outputs))
+
+    def forward(self, x: Tensor, routing: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        weight = torch.matmul(routing, self.weight)
+        weight = weight.view(n * self.outputs, self.inputs // self.groups, 3, 3)
+        bias = torch.matmul(routing, self.bias).view(n * self.outputs)
+        y = F.conv2d(x.reshape(1, n * c, h, w), weight, bias, padding=1, groups=n * self.groups)
+        return y.view(n, self.outputs, h, w)
+
+
+class Conditional(nn.Module):
+    """Three of these with one routing, the middle one depthwise, as in a CondConv residual block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.routing, self.head = conv_bn(3, 8), nn.Linear(8, 3), Head(8)
+        self.expand, self.depthwise = FlatBank(8, 12), FlatBank(12, 12, groups=12)
+        self.project = FlatBank(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        routing = self.routing(x.mean((2, 3))).sigmoid()
+        y = self.depthwise(self.expand(x, routing).relu(), routing).relu()
+        return self.head(x + self.project(y, routing))
+
+
+class StackedBank(nn.Module):
+    """A bank (experts, out, in, k, k) mixed by a softmax, in one of the ways in which this is written."""
+
+    def __init__(self, inputs: int, outputs: int, way: str) -> None:
+        super().__init__()
+        self.way, self.outputs, self.attend = way, outputs, nn.Linear(inputs, 3)
+        self.weight = nn.Parameter(torch.randn(3, outputs, inputs, 3, 3) * 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, _, h, w = x.shape
+        a = self.attend(x.mean((2, 3))).softmax(1)
+        if self.way == "einsum":
+            weight = torch.einsum("nk,koihw->noihw", a, self.weight).flatten(0, 1)
+        elif self.way == "sum":
+            weight = (a[:, :, None, None, None, None] * self.weight).sum(1)
+            weight = weight.view(-1, *self.weight.shape[2:])
+        else:
+            weight = (a @ self.weight.view(len(self.weight), -1)).view(-1, *self.weight.shape[2:])
+        return F.conv2d(x.reshape(1, -1, h, w), weight, padding=1, groups=n).view(n, self.outputs, h, w)
+
+
+class Dynamic(nn.Module):
+    """Dynamic convolutions, each mixed in its own way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = conv_bn(3, 8), Head(7)
+        self.a, self.b, self.c = (
+            StackedBank(8, 6, "sum"),
+            StackedBank(6, 8, "einsum"),
+            StackedBank(8, 7, ""),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        for layer in (self.a, self.b, self.c):
+            x = layer(x).relu()
+        return self.head(x)
+
+
 NETS: dict[str, Callable[[], nn.Module]] = {
     "plain": Plain,
     "residual": Residual,
@@ -390,6 +464,8 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "two outputs": TwoOutputs,
     "attention": Attention,
     "padded shortcut": PaddedShortcut,
+    "conditional": Conditional,
+    "dynamic": Dynamic,
 }
 INPUT_SHAPES = {"se 1d": (3, 24), "se 3d": (3, 4, 6, 6)}
 

@@ -73,6 +73,40 @@ def test_a_depthwise_convolution_passes_channels_on() -> None:
     assert ("depthwise.0.weight", 1) not in slots
 
 
+def members_of(coupling: Coupling, group: str, parameter: str) -> list[list[int]]:
+    """The indices of a parameter's one flat dim that go with each unit."""
+    (dim,) = {m.dim for m in coupling.group(group).members if m.parameter == parameter and m.dim}
+    found: list[list[int]] = [[] for _ in range(coupling.group(group).units)]
+    for m in coupling.group(group).members:
+        if (m.parameter, m.dim) == (parameter, dim):
+            for unit, index in zip(m.unit.tolist(), m.index.tolist(), strict=True):
+                found[unit].append(index)
+    return found
+
+
+def test_a_flat_bank_of_weights_has_an_output_and_an_input_axis_on_its_one_dim() -> None:
+    """conditional: x (8) -> expand (12 out, 8 in, 9 taps flat) -> depthwise -> project -> x, 3 experts."""
+    coupling = traced("conditional")
+    rows = np.arange(12 * 8 * 9).reshape(12, 8, 9)
+    assert members_of(coupling, "expand", "expand.weight") == [rows[o].ravel().tolist() for o in range(12)]
+    assert members_of(coupling, "stem.0", "expand.weight") == [rows[:, i].ravel().tolist() for i in range(8)]
+    taps = np.arange(12 * 9).reshape(12, 9).tolist()
+    assert members_of(coupling, "expand", "depthwise.weight") == taps
+    assert members_of(coupling, "expand", "depthwise.bias") == [[channel] for channel in range(12)]
+    experts = {(m.parameter, m.dim) for m in coupling.group("routing").members}
+    assert {(f"{layer}.weight", 0) for layer in ("routing", "expand", "depthwise", "project")} <= experts
+
+
+@pytest.mark.parametrize(("layer", "inputs"), [("a", "stem.0"), ("b", "a"), ("c", "b")])
+def test_a_bank_mixed_by_a_sum_an_einsum_or_a_product_keeps_its_axes(layer: str, inputs: str) -> None:
+    coupling = traced("dynamic")
+    outputs = coupling.group(layer)
+    assert outputs.role == "ungated"
+    assert (f"{layer}.weight", 1) in slots_of(coupling, layer)
+    assert (f"{layer}.weight", 2) in slots_of(coupling, inputs)
+    assert "softmax" in str(coupling.group(f"{layer}.attend").frozen_because)
+
+
 def test_a_depthwise_multiple_makes_several_channels_of_one() -> None:
     slots = slots_of(traced("depthwise"), "a.0")
     twice = [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]

@@ -1,4 +1,4 @@
-"""Convolution weights that a net mixes anew for each image from a bank of them (CondConv, dynamic convolution).
+"""Convolution weights that a net mixes anew for each image from a bank (CondConv, dynamic convolution).
 
 That a parameter is such a bank shows only where what came of it is used as a weight. So a trace follows
 parameters through what descends from poolings, and where one ends as a weight, the net is traced again with
@@ -79,7 +79,7 @@ class BankFinder:
 
 
 def flat_dims(stored: Sequence[int], read: Sequence[int]) -> Layout | None:
-    """Return on which dims of a bank the axes of a weight lie flat, leading dims being experts; None: nowhere.
+    """Return on which dims of a bank the axes of a weight lie flat; leading dims are experts; None: nowhere.
 
     >>> flat_dims((4, 1800), (20, 10, 3, 3)), flat_dims((4, 20, 90), (20, 10, 3, 3))
     ({1: (20, 10, 3, 3)}, {2: (10, 3, 3)})

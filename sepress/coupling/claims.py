@@ -27,6 +27,7 @@ class Claims:
         self.counted: dict[AttributeSource, Counted] = {}
         self._facts = facts
         self._sums: list[tuple[TaggedInt, np.ndarray]] = []
+        self._kept: list[TaggedInt] = []
 
     def claim(self, tag: TaggedInt, ids: np.ndarray) -> None:
         """State that a number is that of some channels, one id each, whatever is removed."""
@@ -43,8 +44,15 @@ class Claims:
             first = source.ids
         self._facts.same_count(first, ids, parts=factor.denominator, times=factor.numerator)
 
+    def keep(self, tag: TaggedInt) -> None:
+        """State that a number stays: of a quotient (in / groups) the dividend changes as the divisor does."""
+        if tag.divisor is not None and len(tag.terms) == len(tag.divisor.terms) == 1:
+            self._kept.append(tag)
+
     def settle(self) -> None:
-        """Bind the numbers that are sums: what one term counts is what the others leave of the whole."""
+        """Bind the dividends of what stays, and the terms of sums: what the others leave of the whole."""
+        for quotient in self._kept:
+            self._bind_dividend(quotient)
         waiting = self._sums
         while waiting:
             left = [(tag, ids) for tag, ids in waiting if not self._resolve(tag, ids)]
@@ -53,6 +61,15 @@ class Claims:
             waiting = left
         for _, ids in waiting:
             self._facts.freeze(ids, Reason("a size computed in the code"))
+
+    def _bind_dividend(self, quotient: TaggedInt) -> None:
+        divisor = quotient.divisor
+        assert divisor is not None
+        ((source, factor),), ((counter, by),) = quotient.terms.items(), divisor.terms.items()
+        if isinstance(source, AttributeSource) and isinstance(counter, AttributeSource):
+            if counter in self.counted and source not in self.counted:
+                ids, known = self.counted[counter]
+                self.counted[source] = ids, known * factor * int(divisor) / (int(quotient) * by)
 
     def _resolve(self, tag: TaggedInt, ids: np.ndarray) -> bool:
         """Bind one sum of which at most one term counts nothing yet; False where more do, or it can't be."""

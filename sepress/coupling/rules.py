@@ -165,7 +165,7 @@ def convolution(t: Tracer, op: Op) -> None:
     reads_channels = varies(ids, 1)
     why = None
     if not t.is_parametric(weight):
-        why = "convolution with a weight computed from activations"
+        why = "convolution with a weight that is not a parameter"
         t.banks.note(t, weight)
     elif made is None and output.size(1) > 1:
         why = "a weight whose layout is unclear"
@@ -235,13 +235,13 @@ def _bias(t: Tracer, bias: Tensor | None, made: np.ndarray) -> None:
     if bias is None:
         return
     if not t.is_parametric(bias):
-        return tie(t, made, t.ids(bias), bias.dim() - 1)
+        tie(t, made, t.ids(bias), bias.dim() - 1)
+        return
     slots = t.slots_along(bias, bias.dim() - 1)
     if slots is not None:
         t.facts.unify(slots, made)
     elif bias.numel() > 1:
         t.freeze(made, "a bias whose layout is unclear")
-    return None
 
 
 def _freeze_layer(t: Tracer, ids: Tensor, weights: list[Tensor], why: str) -> None:

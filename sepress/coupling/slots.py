@@ -40,8 +40,8 @@ class SlotTable:
     """The slots of a net, and which of them an axis of a (view of a) parameter holds.
 
     Parameters are known by where they lie in memory, so tied ones are one and views need no names. A dim on
-    which `layouts` says that several axes lie flat counts as these: a bank of weights (experts, out x in x k x
-    k) has an output and an input axis, and an index of its second dim lies on both.
+    which `layouts` says that several axes lie flat counts as these: a bank of weights (experts, out x in x k)
+    has an output and an input axis, and an index of its second dim lies on both.
     """
 
     def __init__(self, net: nn.Module, layouts: Layouts | None = None) -> None:
@@ -90,9 +90,10 @@ class SlotTable:
         return tuple(shape), tuple(strides)
 
     def places(self, axis: int, indices: Ids) -> tuple[int, Ids, Ids]:
-        """Return the dim of the parameter as held that an axis lies on, and where the axis' indices lie on it.
+        """Return the dim of the parameter as held that an axis lies on, and where indices of the axis lie.
 
-        Two arrays: positions into `indices`, and for each an index of the dim; several for one on a flat dim.
+        The latter as two arrays: positions in `indices`, and for each an index of the dim (on a flat dim
+        several for one).
         """
         number, axis_dim = self.axes[axis]
         first = 0
@@ -166,9 +167,12 @@ class SlotTable:
             return None
         indices = self._indices(number, elements - self._first_element[number])
         moving = [dim for dim, index in enumerate(indices) if (index != index[0]).any()]
-        if len(moving) != 1 or len(np.unique(indices[moving[0]])) != len(elements):
+        if len(moving) != 1:
             return None
-        return self.first_slot[number][moving[0]] + indices[moving[0]]
+        walked = indices[moving[0]]
+        if not (np.diff(walked) > 0).all() and len(np.unique(walked)) != len(walked):
+            return None
+        return self.first_slot[number][moving[0]] + walked
 
     def _indices(self, number: int, memory: Ids) -> list[Ids]:
         """Turn offsets in a parameter's memory into an index for each dim (any dense layout)."""

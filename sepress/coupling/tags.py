@@ -41,6 +41,7 @@ class TaggedInt(int):
     """A sum of sources, each times a factor; + - * and // keep that where the result is one."""
 
     terms: dict[Source, Fraction]
+    divisor: TaggedInt | None = None  # what it was divided by, where that has sources as well
 
     def __new__(cls, value: int, terms: Mapping[Source, Fraction | int]) -> TaggedInt:
         tagged = int.__new__(cls, value)
@@ -76,7 +77,9 @@ class TaggedInt(int):
     def __floordiv__(self, other: Any) -> Any:
         plain = int(other) if isinstance(other, int) else 0
         if plain and int(self) % plain == 0:
-            return self._scaled(int(self) // plain, Fraction(1, plain))
+            quotient = self._scaled(int(self) // plain, Fraction(1, plain))
+            quotient.divisor = other if isinstance(other, TaggedInt) else None
+            return quotient
         return int(self) // other
 
     __rmul__, __radd__ = __mul__, __add__

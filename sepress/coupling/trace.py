@@ -417,11 +417,12 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         sizes = list(given[0]) if given and isinstance(given[0], (list, tuple)) else given
         for axis in range(output.dim()):
             ids = self.axis_ids(output, axis)
-            if isinstance(ids, int):
-                continue
             at = axis - output.dim() if self.call.name == "expand" else axis
             size = sizes[at] if -len(sizes) <= at < len(sizes) else -1
-            if isinstance(size, TaggedInt):
+            if isinstance(ids, int):
+                if isinstance(size, TaggedInt):
+                    self.claims.keep(size)
+            elif isinstance(size, TaggedInt):
                 self.claims.claim(size, ids)
             elif size != -1:
                 self.freeze(ids, "a width written in the code")
@@ -439,22 +440,30 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.freeze(ids, "a number of groups written in the code")
 
     def tag_sizes(self, name: str, args: Sequence[Any], size: Any) -> Any:
-        """Tag sizes read from an activation, so that other tensors shaped by them follow."""
+        """Tag sizes read from a traced tensor or a parameter, so that other tensors shaped by them follow."""
         if name not in ("__get__", "size") or not args or not isinstance(args[0], Tensor):
             return size
-        if not isinstance(size, int | torch.Size) or args[0] not in self.shadows:
+        if not isinstance(size, int | torch.Size):
             return size
         with _disable_current_modes():  # reading ids must not be traced itself
-            ids = self.ids(args[0])
-            axes = varying_axes(ids)
-            if len(axes) != 1:
-                return size
-            source = SizeSource(line(ids, axes[0]))
+            sources = self._size_sources(args[0])
         if isinstance(size, torch.Size):
             return torch.Size(
-                [TaggedInt(n, {source: 1}) if axis in axes else n for axis, n in enumerate(size)]
+                [TaggedInt(n, {sources[a]: 1}) if a in sources else n for a, n in enumerate(size)]
             )
-        return TaggedInt(size, {source: 1}) if len(args) > 1 and args[1] % ids.dim() == axes[0] else size
+        axis = args[1] % args[0].dim() if len(args) > 1 and isinstance(args[1], int) else None
+        return TaggedInt(size, {sources[axis]: 1}) if axis in sources else size
+
+    def _size_sources(self, x: Tensor) -> dict[int | None, SizeSource]:
+        """Return for each axis whose length is a number of channels what it counts."""
+        if x in self.shadows:
+            ids = self.ids(x)
+            axes = varying_axes(ids)
+            return {axes[0]: SizeSource(line(ids, axes[0]))} if len(axes) == 1 else {}
+        if not self.is_parametric(x):
+            return {}
+        slots = {axis: self.slots_along(x, axis) for axis in range(x.dim())}
+        return {axis: SizeSource(found) for axis, found in slots.items() if found is not None}
 
     def note_attention(self, call: Call) -> None:
         """Fused attention scales by the head width unless told otherwise."""
