@@ -66,10 +66,11 @@ class Claims:
         divisor = quotient.divisor
         assert divisor is not None
         ((source, factor),), ((counter, by),) = quotient.terms.items(), divisor.terms.items()
-        if isinstance(source, AttributeSource) and isinstance(counter, AttributeSource):
-            if counter in self.counted and source not in self.counted:
-                ids, known = self.counted[counter]
-                self.counted[source] = ids, known * factor * int(divisor) / (int(quotient) * by)
+        if not isinstance(source, AttributeSource) or not isinstance(counter, AttributeSource):
+            return
+        if counter in self.counted:
+            ids, known = self.counted[counter]
+            self.counted.setdefault(source, (ids, known * factor * int(divisor) / (int(quotient) * by)))
 
     def _resolve(self, tag: TaggedInt, ids: np.ndarray) -> bool:
         """Bind one sum of which at most one term counts nothing yet; False where more do, or it can't be."""

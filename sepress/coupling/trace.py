@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sepress.coupling import rules
-from sepress.coupling.claims import Claims
 from sepress.coupling.banks import BankFinder
+from sepress.coupling.claims import Claims
 from sepress.coupling.gating import GateFinder, Mark
 from sepress.coupling.rules import Op
 from sepress.coupling.scaling import ATTENTION, Rescaling, Scales
