@@ -909,27 +909,39 @@ def export(
     execute(draft.require(require).recipe("exported"), out=out, as_json=as_json)
 
 
-Format = Annotated[str, typer.Option("--format", metavar="FORMAT", help="terminal or markdown.")]
+Format = Annotated[
+    str,
+    typer.Option(
+        "--format", metavar="FORMAT", help="terminal, markdown, junit (XML) or github (annotations)."
+    ),
+]
 
 
-@_command("sepress report runs/quickstart", "sepress report runs/quickstart --format markdown")
+@_command(
+    "sepress report runs/quickstart",
+    "sepress report runs/quickstart --format markdown",
+    "sepress report runs/quickstart --format junit",
+)
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or its report.json.")],
     format: Format = "terminal",
     as_json: AsJson = False,
 ) -> None:
     """Show the report of an earlier run."""
-    from sepress.report import report_to_markdown
+    from sepress.report import report_to_annotations, report_to_junit, report_to_markdown
 
-    if format not in ("terminal", "markdown"):
-        raise InputError(f"--format {format}: expected terminal or markdown; JSON is printed with --json")
-    if as_json and format == "markdown":
-        raise InputError("--json and --format markdown exclude each other")
+    formats = {"markdown": report_to_markdown, "junit": report_to_junit, "github": report_to_annotations}
+    if format not in ("terminal", *formats):
+        raise InputError(
+            f"--format {format}: expected terminal, {', '.join(formats)}; JSON is printed with --json"
+        )
+    if as_json and format != "terminal":
+        raise InputError(f"--json and --format {format} exclude each other")
     found = _read_report(run / "report.json" if run.is_dir() else run)
-    if format == "markdown":
-        _write(report_to_markdown(found))
-    else:
+    if format == "terminal":
         _print_report(found, as_json=as_json)
+    else:
+        _write(formats[format](found))
 
 
 def _read_report(path: Path) -> "Report":

@@ -122,6 +122,8 @@ class RunFolder:
         A file that an earlier stage wrote as well is from now on this stage's to vouch for.
         """
         digests = {name: file_digest(self.file(name)) for name in record.artifacts.values()}
+        for name in digests:
+            _rejected(self.file(name)).unlink(missing_ok=True)  # of an earlier attempt
         for kind, r in self._records.items():
             theirs = {name: digest for name, digest in r.digests.items() if name not in digests}
             self._records[kind] = replace(r, digests=theirs)
@@ -149,13 +151,17 @@ class RunFolder:
             self.path.rmdir()
 
     def reject(self, name: str) -> None:
-        """Rename a file to NAME.rejected, so that nothing takes it for one that passed its checks."""
+        """Rename a file to NAME.rejected, so that nothing takes it for one that passed."""
         path = self.file(name)
         if path.exists():
-            path.rename(path.with_name(f"{name}.rejected"))
+            path.replace(_rejected(path))
 
     def _is_intact(self, name: str, digest: str) -> bool:
-        return self.file(name).is_file() and file_digest(self.file(name)) == digest
+        """Whether a file is as it was written; one that was rejected has its name again, to be held anew."""
+        path = self.file(name)
+        if not path.exists() and _rejected(path).is_file() and file_digest(_rejected(path)) == digest:
+            _rejected(path).replace(path)
+        return path.is_file() and file_digest(path) == digest
 
     def _set_aside(self, record: StageRecord) -> None:
         """Move a record's files, and once the report and the recipe they were made by, to earlier/N."""
@@ -196,6 +202,10 @@ class RunFolder:
             raise InputError(
                 f"{state} can't be read: {error}", remedy="Choose another folder, or delete this one."
             ) from error
+
+
+def _rejected(path: Path) -> Path:
+    return path.with_name(f"{path.name}.rejected")
 
 
 def _read(path: Path) -> str | None:

@@ -347,10 +347,27 @@ def _run_stages(job: Job) -> Outcome:
         else:
             console.log(f"[{kind}] finished before, its files are intact: reused")
         job.records.append(record)
-    report = build_report(job)
+    report = _held_to_constraints(job, build_report(job))
     write_json(job.folder.file("report.json"), report_to_json(report, relative_to=path))
     write_text(job.folder.file("report.md"), report_to_markdown(report))
     return Outcome(folder=path, report=report)
+
+
+_SHIPPED = ("onnx", "onnx_fp16", "onnx_int8", "image_onnx")  # roles of files that are deployed
+
+
+def _held_to_constraints(job: Job, report: Report) -> Report:
+    """Rename what would be shipped, where the run's constraints are not met; the report names it so."""
+    if all(row["passed"] for row in report.constraints):
+        return report
+    artifacts = dict(report.artifacts)
+    for role in (job.label, *_SHIPPED):
+        path = job.artifact(role)
+        if path is not None:
+            job.folder.reject(path.name)
+            console.log(f"{path.name} is kept as {path.name}.rejected: a constraint is not met")
+            artifacts["model" if role == job.label else role] = f"{path.resolve()}.rejected"
+    return replace(report, artifacts=artifacts)
 
 
 def describe_run(recipe: Recipe, *, out: Path | None = None) -> list[str]:

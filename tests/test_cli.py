@@ -456,7 +456,7 @@ def test_defaults_in_the_help_are_the_recipes() -> None:
         ("run recipe.yaml --set require.a=1", "--set require.a: should be a list"),
         ("report gone", "there is no report gone"),
         ("report recipe.yaml", "recipe.yaml can't be read as a report"),
-        ("report runs/quickstart --format html", "--format html: expected terminal or markdown"),
+        ("report runs/quickstart --format html", "--format html: expected terminal, markdown, junit, github"),
         ("report runs/quickstart --format markdown --json", "--json and --format markdown exclude"),
     ],
 )

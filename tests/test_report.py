@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console
@@ -19,7 +20,9 @@ from sepress.report import (
     render_groups,
     render_report,
     report_from_json,
+    report_to_annotations,
     report_to_json,
+    report_to_junit,
     report_to_markdown,
 )
 from sepress.report.words import (
@@ -716,3 +719,52 @@ def test_the_package_imports_neither_torch_nor_rich():
     code = "import sys, sepress.report; print(sorted({'torch', 'rich', 'numpy', 'onnx'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# ---- for continuous integration -------------------------------------------------------------------
+def held_report() -> Report:
+    """One constraint met and one missed, one check passed, one failed and one not made."""
+    missed = {
+        "constraint": "worst_class_drop<=0.02",
+        "actual": 0.05,
+        "passed": False,
+        "reason": None,
+        "figures": "class one: 98 %, 93 %\nof <b>&\x00",
+    }
+    report = full_report()
+    checks = {
+        "masked_equals_removed": Check(True, 3.1e-7),
+        "onnx_parity": Check(False, 0.5),
+        "saved_equals_loaded": Check(None, None, reason="no model was saved in this run"),
+    }
+    return dataclasses.replace(report, constraints=(*report.constraints, missed), checks=checks)
+
+
+def test_junit_has_a_case_for_every_constraint_and_check() -> None:
+    suite = ElementTree.fromstring(report_to_junit(held_report())).find("testsuite")
+    assert suite is not None
+    assert suite.attrib == {
+        "name": "sepress.quickstart", "tests": "5", "failures": "2", "errors": "0", "skipped": "1"
+    }  # fmt: skip
+    found = {
+        (case.get("classname"), case.get("name")): [(child.tag, child.get("message")) for child in case]
+        for case in suite
+    }
+    assert found == {
+        ("sepress.quickstart.require", "top1_drop<=0.01"): [("system-out", None)],
+        ("sepress.quickstart.require", "worst_class_drop<=0.02"): [
+            ("failure", "0.05: class one: 98 %, 93 %\nof <b>&?")
+        ],
+        ("sepress.quickstart.check", "masked_equals_removed"): [("system-out", None)],
+        ("sepress.quickstart.check", "onnx_parity"): [("failure", "relative error 0.5")],
+        ("sepress.quickstart.check", "saved_equals_loaded"): [("skipped", "no model was saved in this run")],
+    }
+
+
+def test_annotations_are_workflow_commands_of_one_line_each() -> None:
+    assert report_to_annotations(held_report()) == (
+        "::notice title=quickstart%3A top1_drop<=0.01 met::0.007: base 0.986, tuned 0.979\n"
+        "::error title=quickstart%3A worst_class_drop<=0.02 not met::"
+        "0.05: class one: 98 %25, 93 %25%0Aof <b>&\x00\n"
+        "::error title=quickstart%3A onnx_parity failed::relative error 0.5\n"
+    )

@@ -221,6 +221,27 @@ def test_constraints_stand_in_the_report_with_their_figures(model: Path) -> None
     assert 0.1 < missed["actual"] <= 0.5
 
 
+def test_what_misses_a_constraint_is_kept_as_rejected_until_it_is_held_to_another(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, what = tmp_path / "run", prune_recipe(model, "export", require=("macs_ratio<=0.1",))
+    report = stages.run_recipe(what, out=out).report
+    assert report is not None
+    rejected = {"pruned.pt.rejected", "model.onnx.rejected"}
+    names = {path.name for path in out.iterdir()}
+    assert rejected <= names
+    assert not {"pruned.pt", "model.onnx"} & names
+    assert {"plan.json", "base.onnx"} <= names
+    kept = json.loads((out / "report.json").read_text())["artifacts"]
+    assert (kept["model"], kept["onnx"]) == ("pruned.pt.rejected", "model.onnx.rejected")
+    monkeypatch.setattr(stages, "STAGES", {})  # nothing runs again
+    again = stages.run_recipe(what.model_copy(update={"require": ("macs_ratio<=0.9",)}), out=out).report
+    assert again is not None
+    assert again.artifacts["model"] == str((out / "pruned.pt").resolve())
+    assert not rejected & {path.name for path in out.iterdir()}
+    load_bundle(out / "pruned.pt")
+
+
 def test_without_calibration_images_the_error_says_what_to_pass(tmp_path: Path) -> None:
     foreign = recipe(
         PRUNE,
