@@ -49,13 +49,7 @@ GAPS = {
     "torchvision:ssdlite320_mobilenet_v3_large": "post-processing after the heads",
     "timm:efficientnet_cc_b0_4e": "weights computed from a bank",
     "timm:efficientvim_m1": "a product with channels on two axes",
-    "timm:test_coatnet": "attention scaled by its head width",
-    "timm:test_maxvit": "attention scaled by its head width",
-    "timm:sebotnet33ts_256": "attention's heads and relative positions",
     "timm:haloregnetz_b": "attention's heads and relative positions",
-    "timm:gcresnext26ts": "global context is not seen as a gate",
-    "timm:resnest14d": "split attention is not seen as a gate",
-    "timm:skresnet18": "selective kernels are not seen as gates",
 }
 
 
