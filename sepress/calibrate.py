@@ -24,6 +24,7 @@ from sepress.errors import InputError
 from sepress.gates import ReaderCall, Taps, mean_per_channel, rows_per_image, spread
 from sepress.modes import kept_modes
 from sepress.moments import Moments, as_read, from_sums, moment_sums, output_square
+from sepress.outputs import tensors_in
 from sepress.types import Gate, Reader
 
 EVIDENCE = (
@@ -479,7 +480,7 @@ def _passing(source: Tensor, x: Any) -> Any:
 
 def _labelled(output: Any, targets: Tensor | None) -> tuple[Tensor, Tensor]:
     """The logits (N, K) of a forward and the labels (N,) beside them, or an InputError."""
-    logits = next((x for x in tree_leaves(output) if isinstance(x, Tensor)), None)
+    logits = next(tensors_in(output), None)
     if targets is None or (targets < 0).any():
         raise InputError(
             "this criterion needs a label for every calibration image",

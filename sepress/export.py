@@ -23,7 +23,8 @@ from sepress.errors import InputError, SepressError
 from sepress.files import replacing
 from sepress.measure import Inputs
 from sepress.modes import evaluating
-from sepress.parity import as_tuple, named_outputs, on_cpu
+from sepress.outputs import named_outputs
+from sepress.parity import as_tuple, on_cpu
 from sepress.simplify import simplify
 from sepress.types import JSON, ModelSpec
 

@@ -68,6 +68,7 @@ class Taps(TorchFunctionMode):
         super().__init__()
         self._net = net
         self._calls = coupling.calls
+        self._goes_on = coupling.ending is not None  # with post-processing, whose calls depend on the image
         self._index = _IDLE
         self._handlers: dict[int, list[tuple[CallSite, _Handler]]] = {}
         if on_gate is not None:
@@ -146,7 +147,8 @@ class Taps(TorchFunctionMode):
 
     def _stop(self, module: nn.Module, args: Any, output: Any) -> None:
         count, self._index = self._index, _IDLE
-        if output is not None and count != len(self._calls):  # None: the forward raised
+        other = count < len(self._calls) if self._goes_on else count != len(self._calls)
+        if output is not None and other:  # None: the forward raised
             raise _other_path(f"{count} torch calls, not {len(self._calls)}")
 
 
@@ -247,5 +249,6 @@ def _check_call(site: CallSite, func: Callable[..., Any], tensors: int) -> None:
 def _other_path(what: str) -> SepressError:
     return SepressError(
         f"the forward took another path than the traced one: {what}",
-        remedy="Keep eval mode and the input size as traced; control flow must not depend on the data.",
+        remedy="Keep eval mode and the input size as traced; control flow must not depend on the data."
+        " Where the forward goes through its images one by one, pass batch_size=1.",
     )

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from sepress import console
 from sepress.bundle import load_bundle, load_model, make_bundle, save_bundle
@@ -28,6 +27,7 @@ from sepress.errors import CheckError, InputError, SepressError
 from sepress.measure import environment
 from sepress.models import build_spec, parse_reference
 from sepress.modes import evaluating
+from sepress.outputs import tensors_in
 from sepress.pruning import first_images
 from sepress.recipe import Recipe
 from sepress.runfolder import RunFolder, StageRecord
@@ -374,7 +374,7 @@ def _count_outputs(bundle: Bundle) -> int | None:
     device = home_of(bundle.net)
     with evaluating(bundle.net):
         outputs = bundle.net(torch.zeros(1, *bundle.spec.preprocessing.input_size, device=device))
-    flat = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.dim() == 2]
+    flat = [x for x in tensors_in(outputs) if x.dim() == 2]
     return flat[0].shape[1] if flat else None
 
 

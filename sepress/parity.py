@@ -11,42 +11,16 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from sepress.errors import CheckError, InputError
+from sepress.errors import CheckError
 from sepress.measure import Inputs
 from sepress.modes import evaluating
+from sepress.outputs import named_outputs
 from sepress.runtime import open_session
 from sepress.types import Check
 
 PARITY_TOLERANCE = 1e-4
 ROUNDING_LIMIT = 1e-2  # a net whose float32 is further than this from its float64 can't be judged by it
 VACUOUS_SPREAD = 1e-5  # of max|a|: below it float32 rounding hides any difference
-
-
-def named_outputs(value: Any, name: str = "") -> dict[str, Tensor]:
-    """Name the tensors of a forward's result, in order: its keys, fields or positions joined by '_'."""
-    if isinstance(value, Tensor):
-        return {name or "logits": value}
-    if value is None:
-        return {}
-    if isinstance(value, Mapping):
-        children = {str(key): child for key, child in value.items()}
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        children = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    elif isinstance(value, tuple | list):
-        named = getattr(value, "_fields", None)  # a namedtuple
-        if named is None and len(value) == 1:
-            return named_outputs(value[0], name)
-        keys = named or [str(i) if name else f"output_{i}" for i in range(len(value))]
-        children = dict(zip(keys, value, strict=True))
-    else:
-        raise InputError(
-            f"the net's output holds a {type(value).__name__}",
-            remedy="Expected tensors, or tuples, lists, dicts or dataclasses of tensors.",
-        )
-    outputs: dict[str, Tensor] = {}
-    for key, child in children.items():
-        outputs |= named_outputs(child, f"{name}_{key}" if name else key)
-    return outputs
 
 
 def check_onnx_parity(net: nn.Module, path: str | Path, images: Inputs) -> Check:

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "sepress"
 # fmt: off
 LAYERS = [
     "errors", "defaults", "types", "console", "files", "lock", "device", "safe_yaml", "constraints",
-    "schedule", "modes", "digests", "models", "data", "coupling",
+    "schedule", "modes", "outputs", "digests", "models", "data", "coupling",
     "gates", "moments", "baselines", "calibrate", "reconstruct", "criteria", "plan", "train", "recover",
     "measure", "timing", "runtime", "parity", "bundle", "simplify", "export", "precision", "imagefile",
     "example", "report", "bench", "costs", "profile", "pruning", "folding", "search", "steps",

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from sepress.device import seeded
 from sepress.errors import InputError
 from sepress.export import export_onnx
-from sepress.parity import check_onnx_parity, compare_outputs, judge_in_float64, named_outputs
+from sepress.outputs import named_outputs
+from sepress.parity import check_onnx_parity, compare_outputs, judge_in_float64
 
 
 @pytest.fixture

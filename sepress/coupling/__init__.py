@@ -1,6 +1,7 @@
 """One traced forward -> gates and coupling groups; surgery; the check that masked = removed."""
 
 from sepress.coupling.check import check_removal
+from sepress.coupling.endings import NETWORK_OUTPUT
 from sepress.coupling.groups import Coupling, find_gates, find_groups, trace
 from sepress.coupling.surgery import (
     apply_patch,
@@ -9,7 +10,6 @@ from sepress.coupling.surgery import (
     sync_attributes,
     take_out,
 )
-from sepress.coupling.trace import NETWORK_OUTPUT
 
 __all__ = [
     "NETWORK_OUTPUT",

@@ -3,7 +3,9 @@
 Both nets run image by image, operation by operation as traced. The masked run zeroes activations
 (never parameters) where ids are read and end. Statistics over channels (layer and group norm, weight
 standardisation, means over channels) change with removal by design: the masked run computes on with
-the pruned net's. float64 decides between rounding and error.
+the pruned net's. Rounding can also flip what is chosen by value (an order, a threshold), so there the masked
+run goes on with what the pruned net chose. float64 decides between rounding and error. Where post-processing
+follows the last layer, the raw outputs that it reads are compared, and it runs on unwatched.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from sepress.coupling.groups import Coupling
 from sepress.coupling.slots import names
 from sepress.coupling.tags import unchanged_attributes
 from sepress.coupling.trace import LAYOUT_OPS, Inputs, Operation, one_image, traceable, undisturbed
+from sepress.outputs import tensors_in
 from sepress.types import Check, Removed
 
 TOLERANCE = 1e-4  # of the outputs' spread; rounding of float32 stays well below
@@ -66,7 +69,7 @@ class _Figures:
     error: float  # max |a - b|
     spread: float  # max |a - mean over images of a|; of one image, over its elements
     magnitude: float  # max |a|
-    statistics: float  # worst relative difference of what statistics were taken over
+    hidden: float  # worst relative difference of what statistics were taken over, or choices made by
 
 
 class _Diverged(Exception):
@@ -86,7 +89,7 @@ def _outcome(figures: _Figures) -> Check:
                 False, figures.error / figures.magnitude, "outputs differ, and hardly depend on the image"
             )
         return Check(None, None, "outputs are the same for every image, so that nothing was compared")
-    relative = max(figures.error / figures.spread, figures.statistics)
+    relative = max(figures.error / figures.spread, figures.hidden)
     return Check(relative <= TOLERANCE, relative)
 
 
@@ -119,7 +122,7 @@ class _Replay:
     def compare(self, base: nn.Module, pruned: nn.Module, images: Inputs) -> _Figures:
         first = images[0] if isinstance(images, tuple) else images
         masked_outputs: list[list[Tensor]] = []
-        error = statistics = 0.0
+        error = hidden = 0.0
         for index in range(len(first)):
             arguments = one_image(images, index)
             record = _Record(self)
@@ -129,14 +132,17 @@ class _Replay:
             if [x.shape for x in masked_out] != [x.shape for x in removed_out]:
                 raise _Diverged(len(self.coupling._operations) - 1, "the outputs' shape changed")
             error = max([error, *(_max(a - b) for a, b in zip(masked_out, removed_out, strict=True))])
-            statistics = max(statistics, masked.worst_statistics)
+            hidden = max(hidden, masked.worst_hidden)
             masked_outputs.append(masked_out)
         spread = magnitude = 0.0
         for leaves in zip(*masked_outputs, strict=True):
-            values = torch.stack(leaves)
-            centre = values.mean(dim=0) if len(leaves) > 1 else values.mean()
+            alike = all(leaf.shape == leaves[0].shape for leaf in leaves)
+            values = (
+                torch.stack(leaves) if alike else torch.cat(leaves)
+            )  # boxes: more in one image than another
+            centre = values.mean(dim=0) if len(values) > 1 else values.mean()
             spread, magnitude = max(spread, _max(values - centre)), max(magnitude, _max(values))
-        return _Figures(error, spread, magnitude, statistics)
+        return _Figures(error, spread, magnitude, hidden)
 
     def first_difference(
         self, base: nn.Module, pruned: nn.Module, arguments: tuple[Tensor, ...]
@@ -158,6 +164,19 @@ class _Replay:
         last = len(self.coupling._operations) - 1
         return last, "the outputs differ"
 
+    def is_over(self, index: int) -> bool:
+        """Whether only post-processing is left."""
+        ending = self.coupling.ending
+        return ending is not None and index >= ending.operations
+
+    def heads(self, index: int, result: Any) -> list[Tensor]:
+        """Return what post-processing reads of an operation's result, as it is now."""
+        ending = self.coupling.ending
+        if ending is None:
+            return []
+        tensors = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        return [tensors[position].clone() for number, position in ending.heads if number == index]
+
     def operation(self, index: int, name: str) -> Operation:
         operations = self.coupling._operations
         if index >= len(operations) or operations[index].name != name:
@@ -168,7 +187,9 @@ class _Replay:
         """Return what is gone (bool), broadcastable to a tensor."""
         gone = torch.zeros((1,) * like.dim(), dtype=torch.bool)
         for ids in layers:
-            gone = gone | torch.from_numpy(self.gone[ids])
+            marks = np.asarray(self.gone[ids])
+            if marks.any():  # else its shape may be another image's: as many boxes as were chosen there
+                gone = gone | torch.from_numpy(marks)
         return gone.to(like.device)
 
     def rescaled(self, layers: Sequence[np.ndarray]) -> bool:
@@ -204,7 +225,7 @@ class _Replay:
 
 
 def _run(net: nn.Module, arguments: tuple[Tensor, ...], mode: _Record | _Masked) -> list[Tensor]:
-    """Return the output tensors of one image, in float64 on the CPU."""
+    """Return the output tensors of one image, or what post-processing reads, in float64 on the CPU."""
     with unchanged_attributes(net), _same_path(), mode:
         try:
             outputs = net(*arguments)
@@ -213,7 +234,8 @@ def _run(net: nn.Module, arguments: tuple[Tensor, ...], mode: _Record | _Masked)
         except Exception as error:
             first_line = str(error).split("\n")[0]
             raise _Diverged(mode.index, f"the forward fails: {first_line}") from error
-    return [x.detach().cpu().to(torch.float64) for x in tree_leaves(outputs) if isinstance(x, Tensor)]
+    compared = mode.heads or tensors_in(outputs)
+    return [x.detach().cpu().to(torch.float64) for x in compared]
 
 
 @contextmanager
@@ -233,21 +255,24 @@ class _Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, replay: _Replay, *, everything: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.index = 0
+        self.heads: list[Tensor] = []
         self.outputs: dict[int, list[Tensor]] = {}
         self.inputs: dict[int, list[Tensor]] = {}
         self._replay, self._everything = replay, everything
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in LAYOUT_OPS:
+        if func.overloadpacket.__name__ in LAYOUT_OPS or self._replay.is_over(self.index):
             return func(*args, **(kwargs or {}))
         operation = self._replay.operation(self.index, func.overloadpacket.__name__)
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if operation.statistics:
+        hides = operation.statistics or operation.chooses
+        if hides:
             self.inputs[self.index] = [x.clone() for x in inputs]
         result = func(*args, **(kwargs or {}))
-        if operation.statistics or self._everything:
+        if hides or self._everything:
             tensors = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
             self.outputs[self.index] = [x.clone() for x in tensors]
+        self.heads += self._replay.heads(self.index, result)
         self.index += 1
         return result
 
@@ -258,19 +283,23 @@ class _Masked(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, replay: _Replay, record: _Record, *, compare: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.index = 0
-        self.worst_statistics = 0.0
+        self.heads: list[Tensor] = []
+        self.worst_hidden = 0.0
         self._replay, self._record, self._compare = replay, record, compare
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in LAYOUT_OPS:
+        if func.overloadpacket.__name__ in LAYOUT_OPS or self._replay.is_over(self.index):
             return func(*args, **(kwargs or {}))
         operation = self._replay.operation(self.index, func.overloadpacket.__name__)
         args, kwargs = self._zeroed(operation, args, kwargs or {})
         result = func(*args, **kwargs)
         if operation.statistics and self._replay.touches_removed(operation.inputs):
             result = self._with_statistics(operation, result, args)
+        elif operation.chooses:
+            result = self._with_choices(operation, result, args)
         if self._compare:
             self._compare_outputs(operation, result)
+        self.heads += self._replay.heads(self.index, result)
         self.index += 1
         return result
 
@@ -301,7 +330,19 @@ class _Masked(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._compare_inputs(operation, args)
         return tree_unflatten(leaves, structure)
 
+    def _with_choices(self, operation: Operation, result: Any, args: Any) -> Any:
+        """Return an operation's result with the truths and whole numbers that the pruned net came to."""
+        self._compare_inputs(operation, args)
+        leaves, structure = tree_flatten(result)
+        recorded = self._record.outputs[self.index]
+        for at, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor) and not leaf.is_floating_point():
+                leaves[at] = self._substituted(operation.outputs[at], leaf, recorded[at])
+        return tree_unflatten(leaves, structure)
+
     def _substituted(self, layers: tuple[np.ndarray, ...] | None, own: Tensor, other: Tensor) -> Tensor:
+        if not self._replay.touches_removed((layers,)):
+            return other.clone()
         kept = ~self._replay.mask(layers or (), own).expand(own.shape)
         if int(kept.sum()) != other.numel():
             raise _Diverged(self.index, "statistics of another shape")
@@ -310,12 +351,12 @@ class _Masked(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _compare_inputs(self, operation: Operation, args: Any) -> None:
-        """A statistic hides what it was taken over, so that is compared instead."""
+        """A statistic hides what it was taken over, and a choice what it was made by: that is compared."""
         inputs = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
         for layers, own, other in zip(
             operation.inputs, inputs, self._record.inputs[self.index], strict=False
         ):
-            self.worst_statistics = max(self.worst_statistics, self._difference(layers, own, other))
+            self.worst_hidden = max(self.worst_hidden, self._difference(layers, own, other))
 
     def _difference(self, layers: tuple[np.ndarray, ...] | None, own: Tensor, other: Tensor) -> float:
         """Return the largest difference of what survives, relative to the largest value."""
@@ -323,7 +364,9 @@ class _Masked(TorchDispatchMode):  # type: ignore[no-untyped-call]
         surviving = own[kept].cpu().double()
         if surviving.numel() != other.numel():
             return float("inf")
-        return _max(surviving - other.flatten().cpu().double()) / max(_max(surviving), 1e-30)
+        other = other.flatten().cpu().double()
+        gap = (surviving - other).masked_fill(surviving == other, 0)  # equal infinities among them
+        return _max(gap) / max(_max(surviving[surviving.isfinite()]), 1e-30)
 
     def _compare_outputs(self, operation: Operation, result: Any) -> None:
         tensors = [x for x in tree_leaves(result) if isinstance(x, Tensor)]

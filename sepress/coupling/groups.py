@@ -15,8 +15,10 @@ import numpy as np
 from scipy.sparse import coo_matrix, csr_matrix
 from torch import nn
 
+from sepress.coupling.endings import Ending
+from sepress.coupling.forwards import Idle, run_tracer
 from sepress.coupling.slots import FIRST_SLOT, NONE, PADDING, owner_of
-from sepress.coupling.trace import Inputs, LayerKind, Operation, Product, Tracer, run_tracer, traceable
+from sepress.coupling.trace import Inputs, LayerKind, Operation, Product, Tracer, traceable
 from sepress.errors import InputError
 from sepress.types import CouplingGroup, Gate, Member, Producer, Reader, Reason, Removed, Role
 
@@ -129,6 +131,7 @@ class Coupling:
     readers: tuple[Reader, ...]
     shapes: Mapping[str, tuple[int, ...]]  # parameters and buffers, first name where tied
     parameters: frozenset[str]  # which of shapes are parameters
+    idle: Idle  # modules that the forward in eval mode does not run
     calls: tuple[str, ...] = field(repr=False)  # function names by call index, to check sites
     _unit_of_slot: np.ndarray = field(repr=False)  # number among the units of all groups, -1: none
     _macs: CostTable = field(repr=False)
@@ -139,6 +142,7 @@ class Coupling:
     _sizes: tuple[SizeUse, ...] = field(repr=False)
     _factors: tuple[Factor, ...] = field(repr=False)
     _operations: tuple[Operation, ...] = field(repr=False)
+    ending: Ending | None = field(repr=False)  # where post-processing begins, and calls and operations end
 
     def group(self, name: str) -> CouplingGroup:
         """Return the group of that name; raises InputError for an unknown one."""
@@ -259,8 +263,9 @@ def _abbreviated(units: Sequence[int]) -> str:
 class _Builder:
     """Turns a tracer's facts into groups; every step is a method, in order."""
 
-    def __init__(self, tracer: Tracer, net: nn.Module) -> None:
+    def __init__(self, tracer: Tracer, idle: Idle, net: nn.Module) -> None:
         self.t = tracer
+        self.idle = idle
         self.order = {name: number for number, (name, _) in enumerate(net.named_modules())}
         self.label = tracer.facts.components(tracer.slots.size)
         self.reasons = self._frozen_labels()
@@ -473,7 +478,8 @@ class _Builder:
             readers=self.readers(),
             shapes=dict(zip(slots.names, slots.stored, strict=True)),
             parameters=frozenset(slots.parameters),
-            calls=tuple(self.t.calls),
+            idle=self.idle,
+            calls=tuple(self.t.calls[: self.t.ending.calls if self.t.ending else None]),
             _unit_of_slot=unit_of_slot,
             _macs=_cost_table(self.t.products, unit_of_slot, units),
             _params=_cost_table(self.parameter_products(), unit_of_slot, units),
@@ -481,6 +487,7 @@ class _Builder:
             _sizes=self.sizes(),
             _factors=self.factors(),
             _operations=tuple(self.t.operations),
+            ending=self.t.ending,
         )
 
 
@@ -493,11 +500,14 @@ def _most_common(numbers: np.ndarray) -> int:
 def trace(net: nn.Module, inputs: Inputs) -> Coupling:
     """Trace one forward of one image in eval mode and return gates, groups, readers and costs.
 
+    Where the net has parameters that this forward doesn't take, another in training mode adds what the layers
+    that run only there tie together; what runs in neither stays as it is, and `idle` names it.
+
     `inputs` is a tensor (N, ...) or a tuple of them; the first image is used, at its real size. The
     net is left as it was. Raises InputError where the forward fails or decides on data.
     """
     net, inputs = traceable(net, inputs)
-    return _Builder(run_tracer(net, inputs), net).build()
+    return _Builder(*run_tracer(net, inputs), net).build()
 
 
 def find_gates(net: nn.Module, inputs: Inputs) -> tuple[Gate, ...]:

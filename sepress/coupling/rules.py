@@ -46,6 +46,7 @@ class Op:
     signals: list[Tensor]  # those inputs that held activations before it ran
     outputs: list[Tensor]
     statistics: bool = False  # set by a rule: it sums up over channels, so its result changes with removal
+    chooses: bool = False  # it makes truths or whole numbers of activations, which rounding can flip
 
     @property
     def pointwise(self) -> bool:
@@ -136,14 +137,37 @@ def in_place(t: Tracer, op: Op) -> None:
     ids = t.ids(target)
     if op.name == "copy_":
         new = t.ids(op.args[1]).expand(target.shape)
+    elif op.name == "index_put_" and (put := _put(t, op, target)) is not None:
+        new = put
     elif op.pointwise:
         met = _meet(t, op.inputs).expand(target.shape)
         new = torch.where(ids != NONE, ids, met)
     else:
         t.freeze(distinct(*[t.ids(x) for x in op.inputs]), f"in-place {op.name}")
         return
-    if not torch.equal(new, ids):
+    if target not in t.shadows or not torch.equal(new, ids):
         t.overwrite(target, new)
+
+
+def _put(t: Tracer, op: Op, target: Tensor) -> Tensor | None:
+    """Rows written at positions: every position may be one of them; None where channels are picked.
+
+    Which positions these are may depend on the image, so it doesn't count where they lie in this one.
+    """
+    values, picked = op.args[2], _picked_axes(op.args[1])
+    rest = target.dim() - len(picked)
+    if picked != set(range(len(picked))) or values.dim() < rest:
+        return None
+    shadows = [t.ids(target), t.ids(values)]
+    if any(varies(ids, axis) for ids in shadows for axis in range(ids.dim() - rest)):
+        return None
+    if (channels := t.no_region.get(values)) is not None:  # none here, but some in another image
+        t.no_region.drop(values)
+        shadows[1] = from_slots(channels, 0, rest).expand(values.shape[1:])[None]
+    elif not values.numel():
+        return None
+    rows = [ids[(0,) * (ids.dim() - rest)] for ids in shadows]
+    return join(t, rows).expand(target.shape)
 
 
 # ---- layers with weights ------------------------------------------------------------------------
@@ -484,6 +508,8 @@ def pooling(t: Tracer, op: Op) -> None:
     """Pooling and resizing work on each channel; a window keeps the id that is uniform over it."""
     ids, output = t.ids(op.inputs[0]), op.outputs[0]
     small = compress(ids, (0, 1))
+    if not output.numel():
+        t.no_region.put(output, line(ids, 1))
     spatial = [axis for axis in range(2, ids.dim()) if small.size(axis) > 1]
     if spatial and not varies(ids, 1):
         t.freeze(distinct(ids), f"{op.name} over positions of several channels")
@@ -520,6 +546,9 @@ def concatenation(t: Tracer, op: Op) -> None:
     """Joined along channels, ids lie side by side; along positions, they meet."""
     parts = [x for x in op.args[0] if x.numel()]
     output, shadows = op.outputs[0], [t.ids(x) for x in parts]
+    if not parts:
+        t.write(output, no_ids(output.shape))
+        return
     axis = op.arg(1, 0) % output.dim()
     if not any(varies(ids, axis) for ids in shadows) and any(varying_axes(ids) for ids in shadows):
         t.write(output, join(t, [ids.narrow(axis, 0, 1) for ids in shadows]).expand(output.shape))
@@ -549,17 +578,48 @@ def lookup(t: Tracer, op: Op) -> None:
 
 def _looked_up(op: Op, x: Tensor) -> set[int]:
     if op.name == "index":
-        return {axis for axis, index in enumerate(op.args[1]) if index is not None}
+        return _picked_axes(op.args[1])
     if op.name in ("roll", "rot90"):
         dims = op.arg(2, [0])
         return {d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)}
     return {op.arg(2, 0) % x.dim()} if op.name == "repeat_interleave" else {op.arg(1, 0) % x.dim()}
 
 
+def _picked_axes(indices: Sequence[Tensor | None]) -> set[int]:
+    """Return the axes that an index holds positions of; a mask holds truths for as many as it has axes."""
+    picked: set[int] = set()
+    axis = 0
+    for index in indices:
+        length = index.dim() if index is not None and index.dtype in (torch.bool, torch.uint8) else 1
+        if index is not None:
+            picked |= set(range(axis, axis + length))
+        axis += length
+    return picked
+
+
+def ordering(t: Tracer, op: Op) -> None:
+    """Sorted by value: along positions each channel on its own; over channels removal changes the order."""
+    ids = t.ids(op.inputs[0])
+    axis = op.kwargs.get("dim", op.arg(ORDERINGS[op.name], -1)) % max(1, ids.dim())
+    if ids.dim() and varies(ids, axis):
+        t.freeze(distinct(ids), f"ordered by value ({op.name})")
+        ids = no_ids(ids.shape)
+    for output in op.outputs:
+        shape = [1 if at == axis else n for at, n in enumerate(ids.shape)]
+        t.write(output, ids.narrow(axis, 0, 1).reshape(shape) if output.numel() else no_ids(output.shape))
+
+
 def channel_shuffle(t: Tracer, op: Op) -> None:
     """Interleaves blocks of channels: they must keep equal counts."""
     t.facts.align(line(t.ids(op.inputs[0]), 1).reshape(op.args[1], -1))
     copy(t, op)
+
+
+def deciding(t: Tracer, op: Op) -> None:
+    """What is picked, and how much, is told by values: these must be there."""
+    t.freeze(distinct(*(t.ids(x) for x in op.inputs)), f"what is picked depends on its values ({op.name})")
+    for output in op.outputs:
+        t.write(output, no_ids(output.shape))
 
 
 def unknown(t: Tracer, op: Op) -> None:
@@ -704,13 +764,15 @@ COPIES = names(
     " lift_fresh im2col split_with_sizes_copy"
 )
 LOOKUPS = names("index_select index gather take_along_dim roll rot90 repeat_interleave")
+ORDERINGS = {"topk": 2, "kthvalue": 2, "sort": 1, "argsort": 1}  # operation -> place of its axis
+DECIDING = names("nonzero nms masked_select _unique _unique2 unique_dim unique_consecutive bincount")
 POOLINGS = names(
     "max_pool1d max_pool2d max_pool2d_with_indices max_pool3d_with_indices mkldnn_max_pool2d"
     " avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d _adaptive_avg_pool2d"
     " _adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d"
     " upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact2d"
     " upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d"
-    " _upsample_bilinear2d_aa _upsample_bicubic2d_aa grid_sampler_2d"
+    " _upsample_bilinear2d_aa _upsample_bicubic2d_aa grid_sampler_2d roi_align roi_pool"
 )
 PADDINGS = names(
     "constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d"
@@ -735,6 +797,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(POINTWISE, pointwise),
     **dict.fromkeys(COPIES, copy),
     **dict.fromkeys(LOOKUPS, lookup),
+    **dict.fromkeys(ORDERINGS, ordering),
+    **dict.fromkeys(DECIDING, deciding),
     **dict.fromkeys(POOLINGS, pooling),
     **dict.fromkeys(PADDINGS, padding),
     **dict.fromkeys(REDUCTIONS, reduction),

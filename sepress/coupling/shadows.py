@@ -39,6 +39,9 @@ class StorageMap(Generic[V]):
     def drop(self, tensor: Tensor) -> None:
         self._values.pop(tensor.untyped_storage()._cdata, None)
 
+    def values(self) -> list[V]:
+        return [value for _, value in self._values.values()]
+
     def sweep(self) -> None:
         """Forget the storages that died."""
         dead = [key for key, (alive, _) in self._values.items() if alive.expired()]  # type: ignore[no-untyped-call]

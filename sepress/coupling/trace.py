@@ -25,11 +25,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 from sepress.coupling import rules
 from sepress.coupling.banks import BankFinder
 from sepress.coupling.claims import Claims
+from sepress.coupling.endings import EndFinder, Ending
 from sepress.coupling.gating import GateFinder, Mark
 from sepress.coupling.rules import Op
 from sepress.coupling.scaling import ATTENTION, Rescaling, Scales
 from sepress.coupling.shadows import (
     Shadows,
+    StorageMap,
     compress,
     distinct,
     from_slots,
@@ -61,6 +63,9 @@ LAYOUT_OPS = names(
     "view _unsafe_view reshape permute transpose t unsqueeze squeeze expand slice select as_strided"
     " as_strided_ alias detach clone contiguous _to_copy empty empty_strided unfold"
 )
+# Activations that become Python values: by an operation, or by a call that reads memory without one.
+PYTHON_VALUES = names("_local_scalar_dense is_nonzero item equal")
+PYTHON_COPIES = names("tolist numpy __array__ __dlpack__")
 OWN_OPERATIONS = frozenset({"mps"})  # devices with other operations (a linear layer is one) and no float64
 SWEEP_EVERY = 64  # operations between two looks for dead storages
 
@@ -88,9 +93,10 @@ class Operation:
     name: str
     module: str
     reads: tuple[tuple[int, np.ndarray], ...]  # (position among its tensors, ids): ended here
-    inputs: tuple[tuple[np.ndarray, ...] | None, ...]  # of operations with statistics only
+    inputs: tuple[tuple[np.ndarray, ...] | None, ...]  # of those with statistics or choices
     outputs: tuple[tuple[np.ndarray, ...] | None, ...]  # several arrays: gone where any says so
     statistics: bool  # its statistics run over channels, so they change with removal
+    chooses: bool  # it makes truths or whole numbers of activations, which rounding can flip
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,8 +120,6 @@ class ReadBy:
     mark: Mark | None
     mixed: tuple[int, ...]  # see types.Reader
 
-
-NETWORK_OUTPUT = "network output"  # the reason that freezes what the net returns
 
 # Convolutions by their kernel and groups, and matrix products.
 LayerKind = Literal["pointwise", "spatial", "grouped", "depthwise", "linear"]
@@ -155,6 +159,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.group_counts: dict[str, np.ndarray] = {}  # depthwise module -> ids of its input
         self.calls: list[str] = []
         self.call: Call | None = None
+        self.ends = EndFinder()
+        self.ending: Ending | None = None  # set when the forward is over
+        self.no_region: StorageMap[np.ndarray] = StorageMap()  # channels of maps pooled over no region
+        self.touched: set[int] = set()  # the parameters and buffers that any operation took
         self.modules: list[str] = []  # those running, innermost last
         self._dispatched = 0
         for number in self.slots.clashing:
@@ -169,18 +177,23 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         signals = [x for x in inputs if x in self.shadows]
         traced = bool(signals)
-        if traced and name in ("_local_scalar_dense", "is_nonzero", "item"):
-            raise _data_dependent(self.module)
+        self.touched.update(n for x in inputs if (n := self.slots.find(x)) is not None)
+        if traced and name in PYTHON_VALUES:
+            self.ends.decide(_data_dependent(self.module))
         result = func(*args, **kwargs)
         outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         op = Op(name, func, args, kwargs, inputs, signals, outputs)
+        op.chooses = traced and _chooses(op)
         if name not in rules.FACTORIES and (traced or any(self.is_parametric(x) for x in inputs)):
             self._interpret(op, traced)
         if name not in LAYOUT_OPS:
             self._record(op)
+        if traced:
+            number = None if name in LAYOUT_OPS else len(self.operations) - 1
+            self.ends.follow(self, op, layer=any(self._is_trained(x) for x in inputs), number=number)
         self._dispatched += 1
         if self._dispatched % SWEEP_EVERY == 0:
-            for memory in (self.shadows, self.derived, self.gates, self.scales, self.banks):
+            for memory in (self.shadows, self.derived, self.gates, self.scales, self.banks, self.ends):
                 memory.sweep()
         return result
 
@@ -209,16 +222,18 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for position, x in enumerate(op.inputs)
             if op.name in READING_OPS and x in self.shadows
         )
+        compared = statistics or op.chooses
         self.operations.append(
             Operation(
                 op.name,
                 self.module,
                 tuple((position, ids.copy()) for position, ids in reads if ids.any()),
-                tuple(self._layers_of_ids(x) for x in op.inputs) if statistics else (),
+                tuple(self._layers_of_ids(x) for x in op.inputs) if compared else (),
                 tuple(
                     self._layers_of_ids(x) if statistics or x in self.shadows else None for x in op.outputs
                 ),
                 statistics,
+                op.chooses,
             )
         )
 
@@ -239,6 +254,15 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def is_parametric(self, x: Tensor) -> bool:
         """Whether a tensor is a parameter or buffer, or was computed from these alone."""
         return x not in self.shadows and (x in self.derived or self.slots.find(x) is not None)
+
+    def _is_trained(self, x: Tensor) -> bool:
+        """Whether a tensor is a parameter, or was computed from some: what takes it is a layer."""
+        number = self.slots.find(x)
+        return x in self.derived if number is None else self.slots.names[number] in self.slots.parameters
+
+    def distinct_ids(self, x: Tensor) -> np.ndarray:
+        """Return the ids that occur in a tensor."""
+        return distinct(self.ids(x))
 
     def ids(self, x: Tensor) -> Tensor:
         """Return the ids of a tensor, in its shape."""
@@ -475,6 +499,15 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.scales.note_attention(self, operands, own_scale=own_scale)
 
 
+def _chooses(op: Op) -> bool:
+    """Whether an operation makes truths or whole numbers of activations: a threshold, an order."""
+    return (
+        op.name not in rules.POOLINGS  # where a window's largest value lies says nothing else
+        and not all(x.is_floating_point() for x in op.outputs)
+        and any(x.is_floating_point() for x in op.inputs)
+    )
+
+
 def _data_of(op: Op) -> Tensor:
     data: Tensor = op.args[1] if op.name == "addmm" else op.args[0]
     return data
@@ -495,6 +528,8 @@ class _Calls(TorchFunctionMode):
         tracer.call = Call(len(tracer.calls), name, args, kwargs)
         tracer.calls.append(name)
         tracer.note_attention(tracer.call)
+        if name in PYTHON_COPIES and isinstance(args[0], Tensor) and args[0] in tracer.shadows:
+            tracer.ends.decide(_data_dependent(tracer.module))
         try:
             return tracer.tag_sizes(name, args, func(*args, **kwargs))
         finally:
@@ -527,10 +562,14 @@ def undisturbed(net: nn.Module) -> Iterator[None]:
     """Evaluate the net; beside its modes, its buffers and the random state come back as they were."""
     buffers = [(buffer, buffer._version, buffer.clone()) for buffer in net.buffers()]
     with evaluating(net), kept_random_state({p.device for p in net.parameters()}):
-        yield
-        for buffer, version, saved in buffers:
-            if buffer._version != version:
-                buffer.copy_(saved)
+        try:
+            yield
+        finally:
+            for buffer, version, saved in buffers:
+                if buffer._version != version or not torch.equal(
+                    buffer, saved
+                ):  # batch norm counts no version
+                    buffer.copy_(saved)
 
 
 @contextmanager
@@ -565,23 +604,14 @@ def traceable(net: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
     return copy.deepcopy(net).cpu(), moved if isinstance(inputs, tuple) else moved[0]
 
 
-def run_tracer(net: nn.Module, inputs: Inputs) -> Tracer:
-    """Trace one forward of one image; raises InputError where the forward fails or decides on data."""
-    tracer = _run_once(net, inputs, BankFinder())
-    while tracer.banks.found:
-        tracer = _run_once(net, inputs, BankFinder({**tracer.banks.known, **tracer.banks.found}))
-    return tracer
-
-
-def _run_once(net: nn.Module, inputs: Inputs, banks: BankFinder) -> Tracer:
-    arguments = one_image(inputs)
-    tracer = Tracer(net, banks)
+def run_forward(tracer: Tracer, net: nn.Module, arguments: tuple[Tensor, ...]) -> Any:
+    """Return what one traced forward gives; InputError where it fails or decides on data."""
     for x in arguments:
         tracer.write(x, no_ids(x.shape))
-    with undisturbed(net), _module_paths(net, tracer.modules), tagged_attributes(net):
+    with _module_paths(net, tracer.modules), tagged_attributes(net):
         try:
             with _Calls(tracer), tracer:
-                outputs = net(*arguments)
+                return net(*arguments)
         except InputError:
             raise
         except Exception as error:
@@ -591,23 +621,16 @@ def _run_once(net: nn.Module, inputs: Inputs, banks: BankFinder) -> Tracer:
                 f" {type(error).__name__}: {error}",
                 remedy="Check the input size and the number of inputs that the network expects.",
             ) from error
-    for output in tree_leaves(outputs):
-        if isinstance(output, Tensor) and output in tracer.shadows:
-            tracer.facts.freeze(distinct(tracer.ids(output)), Reason(NETWORK_OUTPUT))
-    tracer.claims.settle()
-    tracer.rescalings = tracer.scales.settle(tracer)
-    return tracer
 
 
 __all__ = [
-    "NETWORK_OUTPUT",
     "Inputs",
     "Operation",
     "Product",
     "Tracer",
     "function_name",
     "one_image",
-    "run_tracer",
+    "run_forward",
     "traceable",
     "undisturbed",
 ]

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from sepress import console
 from sepress.calibrate import split_batch
@@ -18,6 +17,7 @@ from sepress.coupling import Coupling
 from sepress.errors import InputError
 from sepress.gates import Taps, mean_per_channel
 from sepress.modes import evaluating
+from sepress.outputs import tensors_in
 from sepress.types import Gate
 
 Constants = Mapping[str, Tensor]  # gate -> (C,), float64 on the CPU
@@ -128,7 +128,7 @@ def measure_losses(
 
 def _log_probabilities(output: Any) -> Tensor:
     """The first output (N, K, ...) as log probabilities, float64 where the device has it."""
-    logits = next((x for x in tree_leaves(output) if isinstance(x, Tensor)), None)
+    logits = next(tensors_in(output), None)
     if logits is None or logits.dim() < 2:
         raise InputError(
             "what a gate's constant costs is told by logits (N, K), and the net gives none",

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from sepress.coupling import Coupling
 from sepress.coupling.trace import function_name, undisturbed
 from sepress.errors import SepressError
+from sepress.outputs import tensors_in
 
 Cut = tuple[int, int]  # a call and one of its operands: what was made for it counts as unread
 
@@ -92,7 +93,7 @@ def record_flow(net: nn.Module, coupling: Coupling, example: Tensor) -> Flow:
     with undisturbed(net), recorder.noting_runs(net), recorder:
         output = net(example)
     flow = recorder.flow
-    flow.outputs = frozenset(recorder.value_of(x) for x in tree_leaves(output) if isinstance(x, Tensor))
+    flow.outputs = frozenset(recorder.value_of(x) for x in tensors_in(output))
     if tuple(call.name for call in flow.calls) != tuple(coupling.calls):
         raise SepressError("the forward took another path than the traced one")
     return flow

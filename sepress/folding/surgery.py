@@ -22,7 +22,8 @@ from sepress.folding.flow import Cut, Flow, record_flow
 from sepress.folding.places import Block, Placement, Where, find_block, idle_modules, placements
 from sepress.models.folded import build_replacement, put_module
 from sepress.modes import evaluating
-from sepress.parity import compare_outputs, named_outputs
+from sepress.outputs import named_outputs
+from sepress.parity import compare_outputs
 from sepress.types import Check, Gate
 
 FAILURES = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)

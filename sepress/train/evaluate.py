@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from sepress import console
 from sepress.data import make_loader
 from sepress.errors import InputError
 from sepress.modes import evaluating
+from sepress.outputs import tensors_in
 from sepress.train.ranks import check_world, total
 
 if TYPE_CHECKING:
@@ -206,7 +207,7 @@ def logits_of(output: Any, *, classes: int) -> Tensor:
     first floating tensor of two axes with `classes` columns is taken (so of (logits, auxiliary logits) the
     first). Raises InputError where there is none.
     """
-    found = list(_tensors_in(output))
+    found = list(tensors_in(output))
     for tensor in found:
         if tensor.ndim == 2 and tensor.shape[1] == classes and tensor.is_floating_point():
             return tensor
@@ -215,18 +216,3 @@ def logits_of(output: Any, *, classes: int) -> Tensor:
         f"the net gives {shapes}; logits of shape (N, {classes}) were expected",
         remedy=f"Use a classifier with {classes} outputs (--num-classes), or data of as many classes.",
     )
-
-
-def _tensors_in(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-        return
-    parts: Any = ()
-    if isinstance(output, Mapping):
-        parts = output.values()
-    elif isinstance(output, list | tuple):
-        parts = output
-    elif is_dataclass(output):
-        parts = [getattr(output, field.name) for field in fields(output)]
-    for part in parts:
-        yield from _tensors_in(part)
