@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Callable
 
 import nets
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 from sepress.calibrate import calibrate
 from sepress.coupling import Coupling, apply_removal, check_removal, trace
 from sepress.criteria import rank
-from sepress.folding.flow import record_flow
-from sepress.folding.places import Block, find_block
+from sepress.errors import InputError
+from sepress.folding import fold
 from sepress.gates import Taps
 from sepress.train.polarise import Polarisation
 
@@ -378,26 +379,32 @@ def test_softmax_branches_share_each_channel_out_so_their_mean_tells_nothing() -
     )
 
 
-FOLDABLE = {"eca", "context multiplied", "context by a sum", "cbam", "global gather by filters", "style"}
+UNFOLDABLE = {
+    "shift": "it does not multiply: what it adds depends on the image",
+    "scale-shift": "it also shifts: what it adds depends on the image",
+    "branch": "it weighs branches: one constant a channel can't stand for one a channel and branch",
+    "local": "its values depend on the position: one constant a channel can't stand for them",
+}
+IN_FORWARD = {"scse", "channels last"}  # no module can give way to a constant
 
 
 @pytest.mark.parametrize("name", [name for name, (_, gates) in KINDS.items() if len(gates) == 1])
-def test_only_gates_of_one_value_a_channel_that_only_multiply_are_folded(name: str) -> None:
+def test_gates_that_only_multiply_by_one_value_a_channel_fold_and_others_say_why_not(name: str) -> None:
     net, x = build(name)
-    coupling = trace(net, x)
-    (gate,) = coupling.gates
-    block = find_block(net, record_flow(net, coupling, x[:1]), gate)
-    reasons = {
-        "shift": "it does not multiply: what it adds depends on the image",
-        "scale-shift": "it also shifts: what it adds depends on the image",
-        "branch": "it weighs branches: one constant a channel can't stand for one a channel and branch",
-        "local": "its values depend on the position: one constant a channel can't stand for them",
-    }
-    if gate.kind in reasons:
-        assert block == reasons[gate.kind]
-    elif name in FOLDABLE:
-        assert isinstance(block, Block)
-        assert block.multiplies
+    kind = KINDS[name][1][0][0]
+    if kind in UNFOLDABLE:
+        why = UNFOLDABLE[kind]
+    elif name == "einsum":
+        why = "its multiplication is part of another call (einsum)"
+    elif name in IN_FORWARD:
+        why = "its excitation and its multiplication are written into the forward"
+    else:
+        result = fold(net, calibration=x, device="cpu")
+        assert result.check.passed
+        assert trace(result.net, x).gates == ()
+        return
+    with pytest.raises(InputError, match=re.escape(why)):
+        fold(net, calibration=x, device="cpu")
 
 
 def test_polarising_leaves_alone_and_names_the_gates_that_it_cannot_drive_apart() -> None:
@@ -439,6 +446,9 @@ NO_GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "mean added": lambda x: x + x.mean((2, 3), keepdim=True),
     "separable attention": lambda x: x.relu()
     * (x * x[:, :1].flatten(2).softmax(-1).view_as(x[:, :1])).sum((2, 3), keepdim=True),
+    "dynamic relu": lambda x: (
+        x[..., None] * x.mean((2, 3))[:, :, None, None, None].expand(-1, -1, 1, 1, 2).sigmoid()
+    ).amax(-1),
     "relu6": lambda x: F.relu6(x) * F.avg_pool2d(x, 3, 1, 1),
 }
 

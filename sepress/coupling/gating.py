@@ -204,15 +204,16 @@ class GateFinder:
 def _descendant(t: Tracer, op: Op, marks: list[Mark]) -> Mark:
     """The mark of what an operation made of marked signals, or of one signal without a mark."""
     layer = op.name in LAYERS
+    pooled = bool(marks) and all(mark.pooled for mark in marks)
     return Mark(
-        pooled=bool(marks) and all(mark.pooled for mark in marks),
+        pooled=pooled,
         parents=tuple(dict.fromkeys(mark for mark in marks if mark.pooled)),
         squash="none" if layer else _squash(op, marks),
         spread=any(mark.spread for mark in marks) or _spreads(op),
         resized=any(mark.resized for mark in marks) or (_resizes(op) and _spreads(op)),
         shares=not layer and (any(mark.shares for mark in marks) or _is_softmax_over_others(t, op)),
         weighted=any(mark.weighted for mark in marks if mark.pooled or not layer),
-        along=any(mark.along for mark in marks) or _is_along_channels(t, op),
+        along=pooled and (any(mark.along for mark in marks) or _is_along_channels(t, op)),
         layered=layer or any(mark.layered for mark in marks),
     )
 
