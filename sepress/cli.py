@@ -1066,7 +1066,8 @@ def benchmark(
 
         tables = run_benchmark(load_benchmark(file, settings or ()), out=out)
     if as_json:
-        _print_json({name: table.to_json() for name, table in tables.items()})
+        found = {name: table.to_json() for name, table in tables.items()}
+        _print_json({"schema": "sepress.benchmark/1", "tables": found})
     else:
         _write("\n".join(f"## {name}\n\n{table.to_markdown()}" for name, table in tables.items()))
 
@@ -1202,6 +1203,16 @@ def run(
         _print_json({"schema": "sepress.dry-run/1", "recipe": loaded.model_dump(mode="json"), "steps": lines})
     else:
         _write("".join(f"{line}\n" for line in lines))
+
+
+@_command("sepress schema report")
+def schema(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="report, plan, bench, compare, ...")],
+) -> None:
+    """Print the JSON Schema of what --json prints, or of a file in a run folder."""
+    from sepress.schemas import get_schema
+
+    _print_json(get_schema(name))
 
 
 def main() -> None:

@@ -6,9 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
+from photos import make_photos
 
 from sepress import stages
 from sepress.benchmark import Benchmark, Net, Part, base_recipe, load_benchmark, run_benchmark
@@ -42,16 +41,9 @@ compare:
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the benchmark and its images: three classes of noise around a brightness of their own."""
+    """A folder with the benchmark and its images."""
     monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 16), ("val", 8), ("test", 4)):
-        for label in range(3):
-            folder = tmp_path / "photos" / split / f"c{label}"
-            folder.mkdir(parents=True)
-            for number in range(count):
-                pixels = rng.normal(60 + 60 * label, 40, (8, 8, 3)).clip(0, 255)
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+    make_photos(tmp_path / "photos", train=16, val=8, test=4)
     (tmp_path / "tiny.yaml").write_text(TINY)
     return tmp_path
 

@@ -13,8 +13,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "sepress"
 # fmt: off
 LAYERS = [
-    "errors", "defaults", "types", "console", "files", "lock", "device", "safe_yaml", "constraints",
-    "schedule", "modes", "outputs", "digests", "models", "data", "coupling",
+    "errors", "defaults", "types", "schemas", "console", "files", "lock", "device", "safe_yaml",
+    "constraints", "schedule", "modes", "outputs", "digests", "models", "data", "coupling",
     "gates", "moments", "baselines", "calibrate", "reconstruct", "criteria", "plan", "train", "recover",
     "measure", "timing", "runtime", "parity", "bundle", "simplify", "export", "precision", "imagefile",
     "example", "report", "bench", "costs", "profile", "pruning", "folding", "search", "steps",

@@ -12,9 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
+from photos import make_photos
 
 from sepress import stages
 from sepress.basis import differences, stage_basis
@@ -41,15 +40,9 @@ stages:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the recipe and its images: three classes of noise around a brightness of their own."""
+    """A folder with the recipe and its images."""
     folder = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 16), ("val", 8)):
-        for label in range(3):
-            (folder / "photos" / split / f"c{label}").mkdir(parents=True)
-            for number in range(count):
-                pixels = rng.normal(60 + 60 * label, 40, (8, 8, 3)).clip(0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(folder / "photos" / split / f"c{label}" / f"{number}.png")
+    make_photos(folder / "photos", train=16, val=8)
     (folder / "tiny.yaml").write_text(RECIPE)
     return folder
 
