@@ -143,7 +143,7 @@ class Gate:
         if self.kind == "shift":
             return "is added, not multiplied"
         if self.kind == "branch" and self.activation == "softmax":
-            return "shares each channel out between branches, 1 in all"
+            return "shares a channel out between branches, 1 in all"
         return None
 
 

@@ -163,6 +163,58 @@ class Split(nn.Module):
         return (x * s.reshape(n, 2, -1, 1, 1)).sum(1)
 
 
+class SplitAsPublished(Split):
+    """The authors' code: halves are split off, and each is multiplied by its own part of the excitation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).relu()
+        n, width = x.shape[:2]
+        halves = torch.split(x, width // 2, dim=1)
+        logits = self.fc(F.adaptive_avg_pool2d(sum(halves), 1).flatten(1))
+        s = logits.view(n, 1, 2, -1).transpose(1, 2).softmax(1).reshape(n, -1, 1, 1)
+        return sum(part * half for part, half in zip(torch.split(s, width // 2, dim=1), halves, strict=True))
+
+
+class SelectiveAsReimplemented(nn.Module):
+    """A layer for each branch's excitation, and all that has branches put together one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.paths = nn.ModuleList([nets.conv_bn(8, 8), nets.conv_bn(8, 8, 5)])
+        self.fc, self.fcs = nn.Linear(8, 4), nn.ModuleList([nn.Linear(4, 8), nn.Linear(4, 8)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = torch.cat([path(x).unsqueeze_(1) for path in self.paths], 1)
+        z = self.fc(maps.sum(1).mean(-1).mean(-1))
+        s = torch.cat([fc(z).unsqueeze_(1) for fc in self.fcs], 1).softmax(1)
+        return (maps * s[..., None, None]).sum(1)
+
+
+class Pyramid(nn.Module):
+    """The squeeze pools at two scales, so that it is no global pooling alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Conv2d(40, 4, 1), nn.Conv2d(4, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.size(0)
+        bins = [F.adaptive_avg_pool2d(x, size).view(n, -1, 1, 1) for size in (1, 2)]
+        return x * self.fc2(self.fc1(torch.cat(bins, 1)).relu()).sigmoid()
+
+
+class Bottleneck(nn.Module):
+    """BAM: channel and spatial logits are multiplied first, so that no value is one channel's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.channel, self.spatial = Excite(), nn.Conv2d(8, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        channel = self.channel(x.mean((2, 3)))[..., None, None].expand_as(x)
+        return x * (1 + (channel * self.spatial(x).expand_as(x)).sigmoid())
+
+
 class Concurrent(nn.Module):
     """scSE: the channel part is a gate, the spatial part is none."""
 
@@ -274,6 +326,10 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], list[tuple[str, str, int]]]] = {
         [("branch", "softmax", 1), ("branch", "softmax", 1)],
     ),
     "split attention": (Split, [("branch", "softmax", 2)]),
+    "split attention, as published": (SplitAsPublished, [("branch", "softmax", 1)] * 2),
+    "selective, as reimplemented": (SelectiveAsReimplemented, [("branch", "softmax", 2)]),
+    "pyramid": (Pyramid, [("scale", "sigmoid", 1)]),
+    "bam": (Bottleneck, []),
     "scse": (Concurrent, [("scale", "sigmoid", 1)]),
     "coordinate": (Coordinate, [("local", "sigmoid", 1), ("local", "sigmoid", 1)]),
     "style": (Style, [("scale", "sigmoid", 1)]),
@@ -357,7 +413,7 @@ def test_a_gate_is_judged_by_its_values_or_the_ranking_says_why_not(name: str) -
         if kinds == {("shift", "none")}:
             assert evidence == "L2 of weights (its gate is added, not multiplied)"
         elif kinds == {("branch", "softmax")}:
-            assert evidence == "L2 of weights (its gate shares each channel out between branches, 1 in all)"
+            assert evidence == "L2 of weights (its gate shares a channel out between branches, 1 in all)"
         else:
             assert evidence == f"mean of {len(coupling.gates)} gate" + "s" * (len(coupling.gates) > 1)
         assert (group in ranking.mean_excitation) == evidence.startswith("mean of")
@@ -374,7 +430,7 @@ def test_softmax_branches_share_each_channel_out_so_their_mean_tells_nothing() -
     assert stats.sums == {}
     warnings = rank(coupling, stats, criterion="mean-excitation", net=net).warnings
     assert warnings[0] == (
-        "no gate tells of single channels (each shares each channel out between branches, 1 in all): "
+        "every gate found shares a channel out between branches, 1 in all: "
         "channels are judged without excitation"
     )
 
@@ -425,7 +481,7 @@ def test_polarising_leaves_alone_and_names_the_gates_that_it_cannot_drive_apart(
     penalty = Polarisation(coupling, strength=1.0)
     assert [gate.name for gate in penalty.gates] == ["se"]
     assert penalty.left_alone == [
-        "select shares each channel out between branches, 1 in all",
+        "select shares a channel out between branches, 1 in all",
         "context is added, not multiplied",
     ]
 

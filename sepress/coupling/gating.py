@@ -269,9 +269,12 @@ def _channel_axis(t: Tracer, mark: Mark, signal: Tensor) -> int | None:
 
 
 def _fits(gated: Tensor, signal: Tensor, axis: int) -> bool:
-    """Whether a map is as long as the signal on an axis, counted from the end, as broadcasting does."""
+    """Whether a map has values of its own for each of a signal's on an axis.
+
+    Axes count from the end, as broadcasting does; a spatial map expanded over channels has none of its own.
+    """
     at = axis - signal.dim()
-    return gated.dim() >= -at and gated.size(at) == signal.size(axis)
+    return gated.dim() >= -at and gated.size(at) == signal.size(axis) and gated.stride(at) != 0
 
 
 def _own_axes(x: Tensor) -> list[int]:

@@ -19,8 +19,7 @@ def doubts(coupling: Coupling, stats: ExcitationStats | None) -> list[str]:
     silent = dict.fromkeys(gate.silent_because for gate in coupling.gates if gate.silent_because is not None)
     found = []
     if not gates:
-        what = f"no gate tells of single channels (each {' or '.join(silent)})"
-        what = what if silent else "no SE gate was found"
+        what = f"every gate found {' or '.join(silent)}" if silent else "no SE gate was found"
         found.append(f"{what}: channels are judged without excitation")
     if stats is None:
         return found
