@@ -367,7 +367,7 @@ def test_benchmark_takes_a_file_settings_and_a_folder_and_prints_every_table(sta
     assert call(line).stdout == "## net\n\n| criterion |\n"
     assert stages.arguments == {"loaded": ("mine.yaml", ["seeds=[0]", "split=val"]), "out": Path("there")}
     tables = {"net": {"rows": []}}
-    assert json.loads(done.stdout) == {"schema": "sepress.benchmark/1", "tables": tables}
+    assert json.loads(call(line + " --json").stdout) == {"schema": "sepress.benchmark/1", "tables": tables}
 
 
 def test_every_option_sets_a_key_that_recipes_have() -> None:
