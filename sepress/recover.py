@@ -92,6 +92,7 @@ class _Layer:
         self.factors = None if factors is None else torch.as_tensor(factors[surviving])  # of what survives
         self.plain = is_exact(reader, weight, self.form)  # until a call shows another
         self.chosen: dict[int, Tensor] = {}  # call -> the places that count, in the batch under way
+        self.places: dict[int, int] = {}  # call -> how many there are in the base
         self.given: dict[int, Tensor] = {}  # call -> (B, R, O) of the base there
         self._clear()
 
@@ -109,6 +110,7 @@ class _Layer:
         if not self.plain:
             return
         places = places_of(self.reader, call, self.weight, self.form)
+        self.places[number] = places
         self.chosen[number] = choose_places(images, places // images, self.form, seed=seed)
         rows = rows_given(self.reader, call, self.chosen[number])  # (R, O)
         rows = rows[:, self.surviving.to(rows.device)]
@@ -119,6 +121,9 @@ class _Layer:
     def see_own(self, number: int, call: ReaderCall) -> None:
         """Add the rows of one call of the pruned net, against what the base gave there."""
         self.plain = self.plain and uses_itself(call, self.weight) and number in self.given
+        if self.plain:  # channels can be places to a layer: where some went, rows are others
+            places = places_of(self.reader, call, self.weight, self.form)
+            self.plain = places == self.places[number]
         if not self.plain:
             return
         given = self.given.pop(number)

@@ -183,7 +183,7 @@ class _Replay:
             raise _Diverged(min(index, len(operations) - 1), f"the forward takes another path at '{name}'")
         return operations[index]
 
-    def mask(self, layers: tuple[np.ndarray, ...], like: Tensor) -> Tensor:
+    def mask(self, layers: Sequence[np.ndarray], like: Tensor) -> Tensor:
         """Return what is gone (bool), broadcastable to a tensor."""
         gone = torch.zeros((1,) * like.dim(), dtype=torch.bool)
         for ids in layers:
@@ -304,15 +304,18 @@ class _Masked(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _zeroed(self, operation: Operation, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        masks = dict(operation.reads)
-        if not any(self._replay.gone[ids].any() for ids in masks.values()):
+        masks: dict[int, list[np.ndarray]] = {}
+        for at, ids in operation.reads:
+            if self._replay.gone[ids].any():
+                masks.setdefault(at, []).append(ids)
+        if not masks:
             return args, kwargs
         leaves, structure = tree_flatten((args, kwargs))
         position = 0
         for at, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor):
                 if position in masks:
-                    leaves[at] = leaf.masked_fill(self._replay.mask((masks[position],), leaf), 0)
+                    leaves[at] = leaf.masked_fill(self._replay.mask(masks[position], leaf), 0)
                 position += 1
         zeroed: tuple[Any, Any] = tree_unflatten(leaves, structure)
         return zeroed

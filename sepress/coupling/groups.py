@@ -78,7 +78,7 @@ def _cost_table(products: Sequence[Product], unit_of_slot: np.ndarray, units: in
     rows = []
     for product in products:
         row = []
-        for ids in product.axes:
+        for ids in (*product.axes, *product.beside):
             key = ids.tobytes()
             if key not in numbers:
                 numbers[key] = len(lines)
@@ -136,9 +136,8 @@ class Coupling:
     _unit_of_slot: np.ndarray = field(repr=False)  # number among the units of all groups, -1: none
     _macs: CostTable = field(repr=False)
     _params: CostTable = field(repr=False)
-    _kinds: tuple[tuple[LayerKind, int], ...] = field(
-        repr=False
-    )  # of _macs' products; groups of convolutions
+    # Of _macs' products: kind, groups of a convolution, how many axes are the layer's own.
+    _kinds: tuple[tuple[LayerKind, int, int], ...] = field(repr=False)
     _sizes: tuple[SizeUse, ...] = field(repr=False)
     _factors: tuple[Factor, ...] = field(repr=False)
     _operations: tuple[Operation, ...] = field(repr=False)
@@ -168,19 +167,21 @@ class Coupling:
 
     def layers(self, removed: Removed) -> Layers:
         """Return the shape of every layer that multiplies, in order of execution, with those units gone."""
+        left = self._macs.lengths_left(self._removed_units(removed))
+        own = np.arange(left.shape[1]) < np.array([axes for _, _, axes in self._kinds])[:, None]
         return Layers(
-            positions=self._macs.constants,
-            lengths=self._macs.lengths_left(self._removed_units(removed)),
-            shrinking=self._macs.shrinking(),
-            kinds=tuple(kind for kind, _ in self._kinds),
-            groups=np.array([groups for _, groups in self._kinds]),
+            positions=self._macs.constants * np.where(own, 1, left).prod(axis=1),
+            lengths=np.where(own, left, 1),
+            shrinking=self._macs.shrinking() & own,
+            kinds=tuple(kind for kind, _, _ in self._kinds),
+            groups=np.array([groups for _, groups, _ in self._kinds]),
         )
 
     def partners(self) -> dict[str, str]:
         """Return the groups whose channels are the two sides of a grouped convolution, each way."""
         of_unit = np.repeat(np.arange(len(self.groups)), [group.units for group in self.groups])
         found: dict[str, str] = {}
-        for (kind, _), axes in zip(self._kinds, self._macs.axes, strict=True):
+        for (kind, _, _), axes in zip(self._kinds, self._macs.axes, strict=True):
             if kind != "grouped":
                 continue
             sides = [np.unique(of_unit[self._macs.units_on_axis[axis].indices]) for axis in axes[:2]]
@@ -483,7 +484,7 @@ class _Builder:
             _unit_of_slot=unit_of_slot,
             _macs=_cost_table(self.t.products, unit_of_slot, units),
             _params=_cost_table(self.parameter_products(), unit_of_slot, units),
-            _kinds=tuple((product.kind, product.groups) for product in self.t.products),
+            _kinds=tuple((p.kind, p.groups, len(p.axes)) for p in self.t.products),
             _sizes=self.sizes(),
             _factors=self.factors(),
             _operations=tuple(self.t.operations),

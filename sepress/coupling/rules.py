@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
+from sepress.coupling import pairs
+from sepress.coupling.meeting import join, meet, tie
 from sepress.coupling.scaling import ATTENTION
 from sepress.coupling.shadows import (
     along,
@@ -55,6 +57,22 @@ class Op:
     def arg(self, position: int, default: Any = None) -> Any:
         return self.args[position] if len(self.args) > position else default
 
+    @property
+    def data(self) -> Tensor:
+        """What a layer with weights reads."""
+        x: Tensor = self.args[1] if self.name == "addmm" else self.args[0]
+        return x
+
+    def reduced_axes(self) -> list[int]:
+        """Return the axes that a reduction of the first argument runs over, whatever its signature."""
+        rank = self.args[0].dim()
+        dims = self.kwargs.get("dim", self.arg(1))
+        if self.name in ("norm", "linalg_vector_norm"):
+            dims = self.arg(2)
+        if not isinstance(dims, (int, list, tuple)) or isinstance(dims, bool) or dims == [] or rank == 0:
+            return list(range(rank))
+        return sorted({d % rank for d in ([dims] if isinstance(dims, int) else dims)})
+
 
 Rule = Callable[["Tracer", Op], None]
 
@@ -65,65 +83,12 @@ def pointwise(t: Tracer, op: Op) -> None:
     bank = next((x for x in op.inputs if t.banks.is_bank(t, x)), None)
     if bank is not None:
         return mixed_by_factors(t, op, bank)
-    ids = _meet(t, op.inputs)
+    if pairs.pointwise(t, op):
+        return None
+    ids = meet(t, op.inputs, t.ids)
     for output in op.outputs:
         t.write(output, ids.expand(output.shape))
     return None
-
-
-def _meet(t: Tracer, inputs: list[Tensor]) -> Tensor:
-    shadows = [t.ids(x) for x in inputs if not t.is_parametric(x)]
-    shape = broadcast_shape(*[x.shape for x in inputs])
-    ids = join(t, shadows).expand(shape)
-    axes = varying_axes(ids)
-    for x in inputs:
-        if not t.is_parametric(x):
-            continue
-        for axis in range(x.dim()):
-            target = axis + ids.dim() - x.dim()
-            slots = t.slots_along(x, axis) if x.size(axis) > 1 else None
-            if target in axes:
-                if slots is not None:
-                    tie(t, slots, ids, target)
-                elif x.size(axis) > 1:
-                    t.freeze(distinct(ids), "meets a parameter whose layout is unclear")
-            elif slots is not None:
-                if not axes and _alone_on_axis(inputs, x, target - ids.dim()):
-                    return from_slots(slots, target, ids.dim()).expand(shape)
-                t.freeze(slots, "a parameter along an axis without channels")
-    return ids
-
-
-def _alone_on_axis(inputs: list[Tensor], x: Tensor, axis: int) -> bool:
-    """Whether only x has a length on this (negative) axis, so that x alone gives its ids."""
-    return all(other is x or other.dim() < -axis or other.size(axis) == 1 for other in inputs)
-
-
-def join(t: Tracer, shadows: list[Tensor]) -> Tensor:
-    """Unify shadows position by position over their broadcast shape; returns the joint shadow."""
-    if not shadows:
-        return no_ids(())
-    shape = broadcast_shape(*[s.shape for s in shadows])
-    small = [compress(s.reshape((1,) * (len(shape) - s.dim()) + tuple(s.shape))) for s in shadows]
-    joint = small[0]
-    for ids in small[1:]:
-        if ids.shape == joint.shape and torch.equal(ids, joint):
-            continue
-        meeting = broadcast_shape(joint.shape, ids.shape)
-        a, b = joint.expand(meeting), ids.expand(meeting)
-        both = (a != b) & (a != NONE) & (b != NONE)
-        if both.any():
-            pairs = np.unique((a[both].to(torch.int64) * (1 << 32) + b[both]).numpy())
-            t.facts.unify(pairs >> 32, pairs & 0xFFFFFFFF)
-        joint = torch.where(a != NONE, a, b)
-    return joint.expand(shape)
-
-
-def tie(t: Tracer, slots: np.ndarray, ids: Tensor, axis: int) -> None:
-    """State that slots[i] belongs to whatever ids lie at index i of an axis."""
-    index, found = along(ids, axis)
-    t.facts.unify(slots[index], found)
-    t.freeze(slots[index[found == NONE]], "meets data that no layer made")
 
 
 def in_place(t: Tracer, op: Op) -> None:
@@ -140,7 +105,7 @@ def in_place(t: Tracer, op: Op) -> None:
     elif op.name == "index_put_" and (put := _put(t, op, target)) is not None:
         new = put
     elif op.pointwise:
-        met = _meet(t, op.inputs).expand(target.shape)
+        met = meet(t, op.inputs, t.ids).expand(target.shape)
         new = torch.where(ids != NONE, ids, met)
     else:
         t.freeze(distinct(*[t.ids(x) for x in op.inputs]), f"in-place {op.name}")
@@ -182,7 +147,9 @@ def convolution(t: Tracer, op: Op) -> None:
     if groups > 1:
         kind = "depthwise" if depthwise else "grouped"
     axes = (t.axis_ids(weight, axis) for axis in range(weight.dim()))
-    t.count_macs(positions, *axes, kind=kind, groups=int(groups))
+    beside = pairs.positions(t, x)
+    positions //= int(np.prod([len(places) for places in beside]))
+    t.count_macs(positions, *axes, kind=kind, groups=int(groups), beside=beside)
     if depthwise:
         out_axis = 0
     made = t.slots_along(weight, out_axis) if t.is_parametric(weight) else None
@@ -285,8 +252,8 @@ def matrix_product(t: Tracer, op: Op) -> None:
         return mixed_by_product(t, op, x, weight)
     t.count_macs(1, t.axis_ids(x, 0), t.axis_ids(weight, 0), t.axis_ids(weight, 1))
     if not t.is_parametric(weight) and not t.is_parametric(x):
-        ids = _contract(t, t.ids(x)[None], t.ids(weight)[None], (1, *output.shape))
-        t.write(output, ids[0])
+        layers = pairs.contract(t, [i[None] for i in t.layers(x)], [i[None] for i in t.layers(weight)])
+        t.write(output, *[ids[0] for ids in layers])
         return None
     ids = t.ids(x)
     reads = t.slots_along(weight, 0) if t.is_parametric(weight) else None
@@ -329,31 +296,11 @@ def batched_product(t: Tracer, op: Op) -> None:
     t.count_macs(1, *(t.axis_ids(a, axis) for axis in range(3)), t.axis_ids(b, 2))
     if t.is_parametric(a) or t.is_parametric(b):
         _freeze_layer(t, no_ids(()), [a, b], "a batched product with a parameter")
-    ids = _contract(t, t.ids(a), t.ids(b), tuple(op.outputs[0].shape))
+    layers = pairs.contract(t, t.layers(a), t.layers(b))
     if op.name == "baddbmm":
-        ids = join(t, [ids, t.ids(op.args[0])])
-    t.write(op.outputs[0], ids)
+        layers = [join(t, [layers[0], t.ids(op.args[0])]), *layers[1:]]
+    t.write(op.outputs[0], *layers)
     return None
-
-
-def _contract(t: Tracer, a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """(B, M, K) x (B, K, N) of ids: K meets K; ids on M or N pass on, unless both carry some."""
-    a_sums, b_sums = varies(a, 2), varies(b, 1)
-    a_keeps, b_keeps = varies(a, 1), varies(b, 2)
-    if a_sums and b_sums and not a_keeps and not b_keeps:
-        join(t, [a[:, 0], b[:, :, 0]])
-    elif a_sums != b_sums and not a_keeps and not b_keeps:
-        t.freeze(distinct(a if a_sums else b), "multiplied with data that no layer made")
-    elif a_sums or b_sums or (a_keeps and b_keeps):
-        t.freeze(distinct(a, b), "a product with channels on two axes")
-        return no_ids(shape)
-    if a_sums or b_sums:
-        return no_ids(shape)
-    if a_keeps:
-        return a[:, :, :1].expand(shape)
-    if b_keeps:
-        return b[:, :1, :].expand(shape)
-    return join(t, [a[:, :1, :1], b[:, :1, :1]]).expand(shape)
 
 
 # ---- weights mixed from a bank (see banks.py) ---------------------------------------------------
@@ -475,7 +422,7 @@ def softmax(t: Tracer, op: Op) -> None:
 def reduction(t: Tracer, op: Op) -> None:
     """Reduced positions pass their id on; a reduction over channels is a statistic that changes."""
     x = op.inputs[0]
-    ids, reduced = t.ids(x), reduced_axes(op, x)
+    ids, reduced = t.ids(x), op.reduced_axes()
     axes = varying_axes(ids)
     over = [axis for axis in reduced if axis in axes]
     kept = [axis for axis in axes if axis not in reduced]
@@ -491,16 +438,6 @@ def reduction(t: Tracer, op: Op) -> None:
         ids = ids.narrow(axis, 0, 1)
     for output in op.outputs:
         t.write(output, ids.reshape(output.shape))
-
-
-def reduced_axes(op: Op, x: Tensor) -> list[int]:
-    """Return the axes a reduction runs over, whatever its signature."""
-    dims = op.kwargs.get("dim", op.arg(1))
-    if op.name in ("norm", "linalg_vector_norm"):
-        dims = op.arg(2)
-    if not isinstance(dims, (int, list, tuple)) or isinstance(dims, bool) or dims == [] or x.dim() == 0:
-        return list(range(x.dim()))
-    return sorted({d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)})
 
 
 # ---- positions ----------------------------------------------------------------------------------
@@ -730,7 +667,7 @@ def derive(t: Tracer, op: Op) -> None:
         op.statistics = True
     elif op.name in REDUCTIONS:
         elements = t.elements(main)
-        for axis in reversed(reduced_axes(op, main)):
+        for axis in reversed(op.reduced_axes()):
             elements = elements.narrow(axis, 0, 1)
         for result in op.outputs:
             t.derive(result, elements.reshape(result.shape))
@@ -741,6 +678,14 @@ def derive(t: Tracer, op: Op) -> None:
     else:
         for parameter in parametric:
             t.freeze_parameter(parameter, f"a weight computed by '{op.name}'")
+
+
+def reads_constants(t: Tracer, op: Op) -> bool:
+    """Whether a layer reads what no parameter made, as one that embeds positions does: it makes channels."""
+    if RULES.get(op.name) not in (convolution, matrix_product) or t.is_parametric(op.data):
+        return False
+    weight = op.args[1 if op.data is op.args[0] else 2]
+    return t.slots.find(weight) is not None
 
 
 def _same_slots(t: Tracer, a: Tensor, b: Tensor, axis: int | None = None) -> None:

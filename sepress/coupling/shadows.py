@@ -89,6 +89,14 @@ class Shadows:
         elements = tensor.untyped_storage().nbytes() // max(1, tensor.element_size())
         self._of.put(tensor, _Shadow(_layout(tensor), ids.clone(), elements))
 
+    def swap(self, other: Shadows, tensor: Tensor) -> None:
+        """Exchange the shadow of a storage with the one that another memory has of it."""
+        mine, theirs = self._of.get(tensor), other._of.get(tensor)
+        assert mine is not None
+        assert theirs is not None
+        self._of.put(tensor, theirs)
+        other._of.put(tensor, mine)
+
     def overwrite(self, tensor: Tensor, ids: Tensor) -> None:
         """Change the ids under a view of a storage that has a shadow; other views see the change."""
         shadow = self._of.get(tensor)

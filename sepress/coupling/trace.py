@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from sepress.coupling import rules
+from sepress.coupling import pairs, rules
 from sepress.coupling.banks import BankFinder
 from sepress.coupling.claims import Claims
 from sepress.coupling.endings import EndFinder, Ending
@@ -133,6 +133,7 @@ class Product:
     axes: tuple[np.ndarray, ...]
     kind: LayerKind = "linear"
     groups: int = 1
+    beside: tuple[np.ndarray, ...] = ()  # axes of channels that are positions to the layer
 
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -146,6 +147,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         )
         self.facts = Facts()
         self.shadows = Shadows()
+        self.second = Shadows()  # of elements that two channels make: see pairs.py
         self.derived = Shadows(torch.int64)  # element numbers of tensors computed from parameters
         self.gates = GateFinder()
         self.scales = Scales()
@@ -193,23 +195,34 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.ends.follow(self, op, layer=any(self._is_trained(x) for x in inputs), number=number)
         self._dispatched += 1
         if self._dispatched % SWEEP_EVERY == 0:
-            for memory in (self.shadows, self.derived, self.gates, self.scales, self.banks, self.ends):
+            for memory in (
+                self.shadows,
+                self.second,
+                self.derived,
+                self.gates,
+                self.scales,
+                self.banks,
+                self.ends,
+            ):
                 memory.sweep()
         return result
 
     def _interpret(self, op: Op, traced: bool) -> None:
         aliases = bool(op.outputs) and all(x in self.shadows or self.is_parametric(x) for x in op.outputs)
+        pairs.turn(self, op)
         if op.func._schema.is_mutable and rules.RULES.get(op.name) is not rules.batch_norm:
             rules.in_place(self, op)
         elif aliases:
             rules.view(self, op)
-        elif not traced:
+        elif not traced and not rules.reads_constants(self, op):
             rules.derive(self, op)
         elif op.pointwise:
             rules.pointwise(self, op)
         else:
             rules.RULES.get(op.name, rules.unknown)(self, op)
-        if not aliases or op.func._schema.is_mutable:
+        moved = aliases and not op.func._schema.is_mutable
+        pairs.carry(self, op, moved=moved)
+        if not moved:
             self.scales.observe(self, op)
         if traced:
             self.gates.observe(self, op)
@@ -218,9 +231,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _record(self, op: Op) -> None:
         statistics = op.statistics
         reads = tuple(
-            (position, compress(self.ids(x)).numpy())
+            (position, compress(ids).numpy())
             for position, x in enumerate(op.inputs)
             if op.name in READING_OPS and x in self.shadows
+            for ids in self.layers(x)
         )
         compared = statistics or op.chooses
         self.operations.append(
@@ -239,7 +253,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _layers_of_ids(self, x: Tensor) -> tuple[np.ndarray, ...] | None:
         if x in self.shadows:
-            return (compress(self.shadows.read(x)).numpy().copy(),)
+            return tuple(compress(ids).numpy().copy() for ids in self.layers(x))
         if not self.is_parametric(x):
             return None
         axes = [(axis, self.slots_along(x, axis)) for axis in range(x.dim()) if x.size(axis) > 1]
@@ -262,7 +276,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def distinct_ids(self, x: Tensor) -> np.ndarray:
         """Return the ids that occur in a tensor."""
-        return distinct(self.ids(x))
+        return distinct(*self.layers(x))
 
     def ids(self, x: Tensor) -> Tensor:
         """Return the ids of a tensor, in its shape."""
@@ -280,11 +294,22 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.is_parametric(x):
             slots = self.slots_along(x, axis)
             return x.size(axis) if slots is None else slots
-        ids = self.ids(x)
-        return line(ids, axis) if varies(ids, axis) else x.size(axis)
+        found = (line(ids, axis) for ids in self.layers(x) if varies(ids, axis))
+        return next(found, x.size(axis))
 
-    def write(self, x: Tensor, ids: Tensor) -> None:
+    def layers(self, x: Tensor) -> list[Tensor]:
+        """Return the ids of a tensor, and the other ones of its elements where two channels make each."""
+        return [self.ids(x), self.second.read(x)] if x in self.second else [self.ids(x)]
+
+    def write(self, x: Tensor, ids: Tensor, *second: Tensor) -> None:
+        """Give a tensor its ids, and a second layer of them."""
         self.shadows.write(x, ids)
+        for other in second:
+            self.second.write(x, other)
+
+    def swap_layers(self, x: Tensor) -> None:
+        """Let the two layers of a tensor's storage change places; their order says nothing."""
+        self.shadows.swap(self.second, x)
 
     def overwrite(self, x: Tensor, ids: Tensor) -> None:
         if x in self.shadows:
@@ -349,16 +374,21 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.freeze(self.slots.touched(self.elements(x)), why)
 
     def count_macs(
-        self, constant: int, *lengths: np.ndarray | int, kind: LayerKind = "linear", groups: int = 1
+        self,
+        constant: int,
+        *lengths: np.ndarray | int,
+        kind: LayerKind = "linear",
+        groups: int = 1,
+        beside: tuple[np.ndarray, ...] = (),
     ) -> None:
         for length in lengths:
             constant *= length if isinstance(length, int) else 1
         axes = tuple(x for x in lengths if not isinstance(x, int))
-        self.products.append(Product(constant, axes, kind, groups))
+        self.products.append(Product(constant, axes, kind, groups, beside))
 
     def add_producer(self, op: Op, slots: np.ndarray, weight: Tensor, bias: Tensor | None) -> None:
         """Note a layer that makes channels along axis 1."""
-        self.producers.append(MadeBy(slots, self.gates.marks.get(_data_of(op))))
+        self.producers.append(MadeBy(slots, self.gates.marks.get(op.data)))
         self.scales.made_by(self, op.outputs[0], 1, slots, weight, bias)
 
     def add_opaque(self, channels: int, why: str) -> None:
@@ -481,9 +511,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _size_sources(self, x: Tensor) -> dict[int | None, SizeSource]:
         """Return for each axis whose length is a number of channels what it counts."""
         if x in self.shadows:
-            ids = self.ids(x)
-            axes = varying_axes(ids)
-            return {axes[0]: SizeSource(line(ids, axes[0]))} if len(axes) == 1 else {}
+            layers = [(varying_axes(ids), ids) for ids in self.layers(x)]
+            return {axes[0]: SizeSource(line(ids, axes[0])) for axes, ids in layers if len(axes) == 1}
         if not self.is_parametric(x):
             return {}
         slots = {axis: self.slots_along(x, axis) for axis in range(x.dim())}
@@ -506,11 +535,6 @@ def _chooses(op: Op) -> bool:
         and not all(x.is_floating_point() for x in op.outputs)
         and any(x.is_floating_point() for x in op.inputs)
     )
-
-
-def _data_of(op: Op) -> Tensor:
-    data: Tensor = op.args[1] if op.name == "addmm" else op.args[0]
-    return data
 
 
 class _Calls(TorchFunctionMode):
