@@ -757,6 +757,33 @@ def inspect_(model: ModelOptions, as_json: AsJson = False) -> None:
         _print(inspection.render())
 
 
+@_command(
+    "sepress convert model_best.pth.tar",
+    "sepress convert weights.pth --arch timm:seresnet50 --out seresnet50.safetensors",
+    "sepress convert whole.pt --trust-pickle --json",
+    "sepress convert whole.pt --trust-pickle --arch mynets:Net --out net.pt",
+)
+def convert(
+    model: ModelOptions,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="A .pt or .safetensors file (NAME-native.pt)."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a model file of sepress's own, which runs no code, of a checkpoint or a pickled network."""
+    recipe = Draft().add(model).stage("evaluate").recipe("converted", images=False)
+    with _stdout_kept():
+        from sepress import stages
+
+        conversion = stages.convert_model(recipe, out=out)
+    if as_json:
+        _print_json(conversion.to_json())
+    else:
+        _write(conversion.render())
+    console.log(f"written to {conversion.path}")
+
+
 @_command("sepress rank model.pt", "sepress rank timm:seresnet50 --data photos/ --criterion mean-excitation")
 def rank(
     model: ModelOptions,

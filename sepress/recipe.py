@@ -576,6 +576,11 @@ def check_inputs(recipe: Recipe, *, images: bool = True) -> None:
     To be called before anything is loaded or fetched.
     """
     data, source = recipe.data and recipe.data.path, recipe.model.source
+    if Path(source).is_dir():
+        from sepress.bundle.formats import check_folder
+
+        check_folder(Path(source))  # of shards, or of another framework
+        raise InputError(f"{source}: it is a folder", remedy="Pass the model file inside it.")
     if not Path(source).is_file():
         _check_name(source)
         if data is None and images:

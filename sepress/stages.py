@@ -26,6 +26,7 @@ from sepress.calibrate import ExcitationStats, calibrate
 from sepress.compare import Comparison, Point, Table, compare, read_method, split_policy
 from sepress.constraints import evaluate as hold
 from sepress.constraints import parse_constraint
+from sepress.conversion import Conversion, convert_bundle, default_path
 from sepress.costs import LatencyTable, as_table, predictor
 from sepress.coupling import Coupling, trace
 from sepress.cutting import cut, cut_in_steps, cut_within, judge, on_validation
@@ -389,6 +390,15 @@ def describe_run(recipe: Recipe, *, out: Path | None = None) -> list[str]:
 def inspect_model(recipe: Recipe) -> Inspection:
     """The structure of the recipe's model; weights of a name are never fetched."""
     return inspect_bundle(load_base(recipe, weights="none"))
+
+
+def convert_model(recipe: Recipe, *, out: Path | None) -> Conversion:
+    """Write the recipe's model as a file of ours, to `out` or into the current folder."""
+    path = out or default_path(recipe.model.source)
+    if path.exists():  # before a pickle is run or a large file is read
+        raise InputError(f"{path}: it exists already", remedy="Choose another name with --out.")
+    with console.working(f"converting {recipe.model.source}"), console.quiet():  # the result has the notes
+        return convert_bundle(load_base(recipe), path)
 
 
 def profile_model(recipe: Recipe, *, batch: int, threads: int, out: Path) -> LatencyTable:

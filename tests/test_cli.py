@@ -111,6 +111,11 @@ class Stages:
         self.recipes.append(recipe)
         return SimpleNamespace(to_json=lambda: {"gates": []}, render=lambda: "2 gates")
 
+    def convert_model(self, recipe: Recipe, *, out: Path | None) -> Any:
+        self.recipes.append(recipe)
+        self.arguments = {"out": out}
+        return SimpleNamespace(to_json=lambda: {"notes": []}, render=lambda: "timm:a\n", path=out)
+
     def profile_model(self, recipe: Recipe, **arguments: Any) -> Any:
         self.recipes.append(recipe)
         self.arguments = arguments
@@ -143,6 +148,8 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stages:
     for name in (
         "model.pt",
         "weights.pth",
+        "model_best.pth.tar",
+        "whole.pt",
         "model-pruned/plan.json",
         "model-pruned/pruned.pt",
         "s0.pt",
@@ -159,7 +166,8 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stages:
     (run / "report.json").write_text(json.dumps(report_to_json(REPORT, relative_to=run)))
     fake = Stages()
     module = ModuleType("sepress.stages")
-    for name in ("run_recipe", "describe_run", "inspect_model", "compare_model", "profile_model"):
+    models = [f"{what}_model" for what in ("inspect", "convert", "compare", "profile")]
+    for name in ("run_recipe", "describe_run", *models):
         setattr(module, name, getattr(fake, name))
     monkeypatch.setitem(sys.modules, "sepress.stages", module)
     monkeypatch.setattr(sepress, "stages", module, raising=False)
@@ -315,6 +323,15 @@ def test_inspect_of_a_name_asks_for_no_weights_and_no_images(stages: Stages) -> 
     assert stages.recipes[0].model.random_weights
     assert json.loads(call("inspect model.pt --json").stdout) == {"gates": []}
     assert not stages.recipes[1].model.random_weights
+
+
+def test_convert_takes_a_file_what_builds_it_and_a_name(stages: Stages) -> None:
+    line = "convert whole.pt --trust-pickle --arch mynets:Net --input-size 3,64,64"
+    assert call(f"{line} --out net.safetensors").stdout == "timm:a\n"
+    assert json.loads(call(f"{line} --json").stdout) == {"notes": []}
+    assert stages.arguments == {"out": None}
+    wanted = ModelConfig(source="whole.pt", arch="mynets:Net", trust_pickle=True, input_size=(3, 64, 64))
+    assert stages.recipes[0].model == stages.recipes[1].model == wanted
 
 
 def test_compare_takes_methods_points_seeds_and_their_models(stages: Stages) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import pickle
+import shlex
 import tarfile
+import tempfile
 import zipfile
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,7 +19,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from typer.testing import CliRunner
 
+from sepress import cli
 from sepress.bundle import load_bundle
 from sepress.bundle.reading import ForeignFile, read_file
 from sepress.errors import InputError
@@ -53,7 +58,7 @@ def exported(path: Path) -> None:
 
 
 def onnx(path: Path) -> None:
-    torch.onnx.export(net(), (IMAGE,), path, dynamo=True, verbose=False)
+    torch.onnx.export(net(), (IMAGE,), path, dynamo=True, verbose=False, external_data=False)
 
 
 def packaged(path: Path) -> None:
@@ -81,13 +86,15 @@ WRITTEN: dict[str, tuple[Any, str, str]] = {  # what writes it, or its bytes; wh
 }
 
 
-def write(kind: str, path: Path) -> Path:
+@functools.cache
+def sample(kind: str) -> bytes:
+    """A file of that kind, made once."""
     content = WRITTEN[kind][0]
     if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        content(path)
-    return path
+        return content
+    with tempfile.TemporaryDirectory() as folder:
+        content(Path(folder, "net"))
+        return Path(folder, "net").read_bytes()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit is deprecated; files of it are about
@@ -95,7 +102,8 @@ def write(kind: str, path: Path) -> Path:
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".onnx", ""])
 @pytest.mark.parametrize("kind", WRITTEN)
 def test_a_file_is_told_by_its_content_whatever_it_is_called(kind: str, suffix: str, tmp_path: Path) -> None:
-    path = write(kind, tmp_path / f"net{suffix}")
+    path = tmp_path / f"net{suffix}"
+    path.write_bytes(sample(kind))
     with pytest.raises(InputError) as error:
         load_bundle(path, arch="sepress:se_resnet8", trust_pickle=True)
     assert WRITTEN[kind][1] in error.value.message
@@ -116,6 +124,52 @@ def test_the_suffix_tells_where_the_content_does_not(tmp_path: Path) -> None:
         path.write_bytes(b"\x07" * 100)
         with pytest.raises(InputError, match=message):
             load_bundle(path)
+
+
+VERBS = [
+    "inspect {}",
+    "convert {}",
+    "rank {} --data digits",
+    "prune {} --data digits --ratio 0.3",
+    "fold {} --data digits --all",
+    "polarise {} --data digits --epochs 1",
+    "finetune {} --data digits --epochs 1",
+    "evaluate {} --data digits",
+    "export {} --data digits",
+    "profile {} --out table.json",
+    "bench {}",
+    "compare {} --data digits --methods l2 --ratio 0.3",
+]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_refuses_what_holds_no_weights_with_one_error(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for kind in ("torchscript", "torch.export", "onnx", "hdf5", "tflite"):
+        Path("model.pt").write_bytes(sample(kind))
+        done = CliRunner().invoke(cli.app, shlex.split(verb.format("model.pt")), prog_name="sepress")
+        assert done.exit_code == InputError.exit_code, done.output
+        assert done.output.count("error:") == 1
+        assert "error: model.pt: " in done.stderr
+        assert WRITTEN[kind][1] in done.stderr
+        assert WRITTEN[kind][2] in done.stderr
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt"]  # no empty run folder is left
+
+
+def test_folders_of_shards_are_refused_by_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "step").mkdir()
+    for member, remedy in ((None, "the model file inside"), (".metadata", "dcp_to_torch")):
+        if member:
+            (tmp_path / "step" / member).touch()
+        done = CliRunner().invoke(cli.app, ["inspect", "step"], prog_name="sepress")
+        assert done.exit_code == InputError.exit_code
+        assert remedy in done.stderr
 
 
 def test_a_checkpoint_is_no_program_for_being_called_code(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ LAYERS = [
     "gates", "moments", "baselines", "calibrate", "reconstruct", "criteria", "plan", "train", "recover",
     "measure", "timing", "runtime", "parity", "bundle", "simplify", "export", "precision", "imagefile",
     "example", "report", "bench", "costs", "profile", "pruning", "folding", "search", "steps",
-    "inspection", "compare", "recipe", "basis", "runfolder", "job", "cutting", "variants", "summary",
-    "stages", "benchmark", "cli",
+    "inspection", "conversion", "compare", "recipe", "basis", "runfolder", "job", "cutting", "variants",
+    "summary", "stages", "benchmark", "cli",
 ]
 HEAVY = {
     "torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "scipy", "numpy", "PIL", "mlxtend",

@@ -129,7 +129,7 @@ def save_net(
 
     `arch` is what built the net before any pruning: a reference (`timm:NAME`, `torchvision:NAME`,
     `sepress:NAME`, `pkg.module:factory`) or the callable itself, with its structural `kwargs`; the class
-    count is read from the net. A bundle, as `sepress.load` returns it, knows all that.
+    count and the input channels are read from the net. A bundle, which `sepress.load` returns, knows it all.
 
     >>> import sepress, tempfile
     >>> net = sepress.build("sepress:se_resnet8", num_classes=3)
@@ -146,13 +146,12 @@ def save_net(
     spec, factory = None, arch if callable(arch) else None
     if arch is not None:
         reference = factory_reference(arch) if callable(arch) else arch
-        count = foreign.read_num_classes(
+        arguments = foreign.read_arguments(
             named_tensors(net)[0], reference, factory=factory, num_classes=num_classes, kwargs=kwargs or {}
         )
         spec = build_spec(
             reference,
-            num_classes=count,
-            kwargs=kwargs,
+            kwargs=arguments,
             overrides=overrides,
             class_names=class_names,
             trained=trained,

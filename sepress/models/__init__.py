@@ -183,8 +183,10 @@ def with_channels(preprocessing: Preprocessing, kwargs: Mapping[str, JSON]) -> P
     )
 
 
-def override_preprocessing(preprocessing: Preprocessing, overrides: Mapping[str, JSON]) -> Preprocessing:
-    """The preprocessing with what the user typed in place of the stated figures, and its origin saying so."""
+def override_preprocessing(
+    preprocessing: Preprocessing, overrides: Mapping[str, JSON], *, by: str = "typed"
+) -> Preprocessing:
+    """The preprocessing with other figures in place of the stated ones, and its origin saying `by` whom."""
     typed = {key: value for key, value in overrides.items() if value is not None}
     known = ("input_size", "mean", "std", "interpolation", "crop_pct")
     if unknown := sorted(set(typed) - set(known)):
@@ -203,7 +205,7 @@ def override_preprocessing(preprocessing: Preprocessing, overrides: Mapping[str,
                 tuple(values) if isinstance(values, Sequence) and not isinstance(values, str) else (values,)
             )
             typed[key] = values * channels if len(values) == 1 else values
-    origin = f"typed: {', '.join(sorted(typed))}"
+    origin = f"{by}: {', '.join(sorted(typed))}"
     if len(typed) < len(known):
         origin += f"; the rest from {preprocessing.origin}"
     return check_preprocessing(replace(preprocessing, **typed, origin=origin))
