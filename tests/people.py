@@ -6,6 +6,7 @@ looks like sepress's own nets on purpose: inline functions, odd poolings, odd sq
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
@@ -776,6 +777,18 @@ class NamedOutputs(nn.Module):
         return Pair(self.fc(features), features)
 
 
+@dataclass
+class Prediction:
+    logits: Tensor
+    hidden: list[Tensor] = dataclasses.field(default_factory=list)
+
+
+class DataclassOutputs(NamedOutputs):
+    def forward(self, x: Tensor) -> Prediction:  # type: ignore[override]
+        features = F.relu(self.b(self.se(F.relu(self.a(x))))).mean((2, 3))
+        return Prediction(self.fc(features), [features])
+
+
 class Backbone(nn.Module):
     """A feature extractor that returns an ordered dict of stages, under a small pyramid."""
 
@@ -846,6 +859,7 @@ NETS: dict[str, Sample] = {
     "repvgg": Sample(RepSE, 1),
     "checkpointed": Sample(Checkpointed, 3),
     "named tuple": Sample(NamedOutputs, 1),
+    "dataclass": Sample(DataclassOutputs, 1),
     "pyramid": Sample(Backbone, 2),
     "module list": Sample(SerializedMBConv, 1),
 }

@@ -46,6 +46,8 @@ def removed_copy(net: nn.Module, coupling: Coupling, removed: Removed) -> nn.Mod
 
 
 def tensors(output: object) -> list[Tensor]:
+    """Return the tensors of an output, those of a dataclass included."""
+    output = vars(output) if isinstance(output, people.Prediction) else output
     return [x for x in tree_leaves(output) if isinstance(x, Tensor)]
 
 
