@@ -91,6 +91,7 @@ class EndFinder:
             t.facts.freeze(channels, Reason("pooled over no region of the image that was traced"))
         if not (self._chose and self._heads):
             return None
+        t.gates.found = [gate for gate in t.gates.found if gate.site.index < self._calls]
         since = t.facts.frozen[self._frozen :]
         t.facts.frozen[self._frozen :] = [(ids, Reason(NETWORK_OUTPUT)) for ids, _ in since]
         for number, position in self._heads:
