@@ -47,7 +47,8 @@ class ReaderCall:
 class Taps(TorchFunctionMode):
     """While the context lasts, every forward of `net` calls back at its gates and readers.
 
-    `on_gate(gate, s)` gets the excitation as it is multiplied, after its squash; `on_read(reader, x)` the
+    `on_gate(gate, s)` gets the excitation as it is multiplied, after its squash (a shift's as it is added),
+    with an axis of branches or of positions where the gate has values for each; `on_read(reader, x)` the
     activation that a conv or linear layer is about to read. What they return replaces the operand; None
     leaves it. `on_product(gate, s, x)` looks at the excitation and the map that are about to be multiplied,
     `on_call(reader, call)` at a layer's call once it is made. `net` must be in the mode

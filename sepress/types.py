@@ -132,7 +132,7 @@ class Gate:
     producer: str  # the layer whose output channels are gated (conv or linear)
     group: str  # the coupling group that the gated channels belong to
     units: np.ndarray  # (channels,) int: the group's unit of each gate channel, -1 for none
-    site: CallSite  # the operand is the excitation s, after squashing
+    site: CallSite  # the operand is the excitation s, after squashing; of a shift, what is added
 
     @property
     def silent_because(self) -> str | None:
