@@ -12,6 +12,7 @@ import gc
 import inspect
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -740,9 +741,23 @@ def polarise(
     execute(draft.require(require).recipe("polarised"), out=out, as_json=as_json)
 
 
-@_command("sepress inspect timm:seresnet50", "sepress inspect model.pt --json")
-def inspect_(model: ModelOptions, as_json: AsJson = False) -> None:
-    """Show a model's gates and the groups of channels that go together; weights are never fetched."""
+@_command(
+    "sepress inspect timm:seresnet50",
+    "sepress inspect model.pt --full",
+    "sepress inspect model.pt --json",
+)
+def inspect_(
+    model: ModelOptions,
+    full: Annotated[
+        bool, typer.Option("--full", help="List every gate and every group, where one screen folds them.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show on one screen what is gated, what judges the rest, what is frozen and why.
+
+    Weights are never fetched. Channels are output channels of convolutions and linear layers; those of what
+    the net returns are counted apart. --json holds every gate, group and figure.
+    """
     draft = Draft().add(model).stage("evaluate")
     if not Path(model.source).is_file():
         draft.values["model"]["random_weights"] = True
@@ -754,7 +769,8 @@ def inspect_(model: ModelOptions, as_json: AsJson = False) -> None:
     if as_json:
         _print_json(inspection.to_json())
     else:
-        _print(inspection.render())
+        arch = f" --arch {model.arch}" if model.arch else ""
+        _print(inspection.render(full=full, command=shlex.quote(model.source) + arch))
 
 
 @_command(

@@ -19,7 +19,7 @@ from sepress import console
 from sepress.calibrate import ExcitationStats, calibrate
 from sepress.costs import LatencyTable, as_table, predictor
 from sepress.coupling import Coupling, apply_removal, check_removal, trace
-from sepress.criteria import get_criterion, rank
+from sepress.criteria import criterion_for, get_criterion, rank
 from sepress.defaults import CRITERION, RECALIBRATION_IMAGES, REFIT_PASSES
 from sepress.device import home_of, resolve_device, seeded
 from sepress.errors import CheckError, InputError
@@ -109,7 +109,7 @@ def rank_channels(
 ) -> tuple[Ranking, ExcitationStats]:
     """Measure what the criterion and compensation need, gates and dead channels always; score all groups."""
     evidence = (
-        get_criterion(criterion).needs
+        criterion_for(coupling, criterion).needs
         | {"excitation", "contribution"}
         | ({"moments"} if compensate else frozenset())
     )

@@ -144,7 +144,7 @@ def prune_stage(job: Job, settings: Any) -> StageRecord:
     coupling = job.coupling()
     given = None if settings.plan is None else _read_plan(Path(settings.plan), coupling)
     table = _given_table(settings, coupling)
-    criterion = settings.criterion if given is None else "mean-excitation"  # a plan was judged before
+    criterion = settings.criterion if given is None else "random"  # a plan was judged before: no score counts
     judged = judge(
         job, parent.net, coupling, criterion, settings.calibration_images, compensate=settings.compensate
     )

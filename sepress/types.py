@@ -223,6 +223,9 @@ class Reader:
 
 
 # ---- evidence -----------------------------------------------------------------------------------
+NO_EXCITATION = "no excitation was found"  # opens the note on a net whose gates, if any, tell nothing
+
+
 @dataclass(frozen=True)
 class Ranking:
     """A score per unit and group (higher = keep) and the evidence that judged each group."""

@@ -109,7 +109,7 @@ class Stages:
 
     def inspect_model(self, recipe: Recipe) -> Any:
         self.recipes.append(recipe)
-        return SimpleNamespace(to_json=lambda: {"gates": []}, render=lambda: "2 gates")
+        return SimpleNamespace(to_json=lambda: {"gates": []}, render=lambda **_: "2 gates")
 
     def convert_model(self, recipe: Recipe, *, out: Path | None) -> Any:
         self.recipes.append(recipe)

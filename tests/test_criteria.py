@@ -447,7 +447,9 @@ def test_a_net_without_gates_is_told_so() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
     coupling = trace(net, torch.randn(1, 3, 8, 8))
     ranking = rank(coupling, None, criterion="l2", net=net)
-    assert ranking.warnings == ("no SE gate was found: channels are judged without excitation",)
+    assert ranking.warnings == (
+        "no excitation was found, since the net has no gate: channels are judged without it",
+    )
 
 
 @pytest.mark.parametrize("criterion", ["reconstruction", "fisher-reconstruction"])

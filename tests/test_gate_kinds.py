@@ -430,8 +430,8 @@ def test_softmax_branches_share_each_channel_out_so_their_mean_tells_nothing() -
     assert stats.sums == {}
     warnings = rank(coupling, stats, criterion="mean-excitation", net=net).warnings
     assert warnings[0] == (
-        "every gate found shares a channel out between branches, 1 in all: "
-        "channels are judged without excitation"
+        "no excitation was found, since every gate shares a channel out between branches, 1 in all: "
+        "channels are judged without it"
     )
 
 

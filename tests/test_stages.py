@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors import safe_open
 
 from sepress import cutting, job, pruning, stages
@@ -19,7 +21,7 @@ from sepress.costs import coarse_table
 from sepress.coupling import trace
 from sepress.errors import CheckError, InputError
 from sepress.recipe import Recipe
-from sepress.report import report_to_json
+from sepress.report import render_report, report_to_json
 from sepress.types import Check
 
 TRAIN = {"train": {"epochs": 1, "lr": 0.1, "warmup_epochs": 0.2, "ema_decay": None}}
@@ -539,10 +541,39 @@ def test_a_polarised_net_is_what_is_pruned_and_its_base_teaches_and_is_compared_
     assert [m.label for m in report.measurements] == ["base", "pruned"]
 
 
+NO_GATE = "no excitation was found, since the net has no gate: channels are judged without it"
+GATELESS = {"source": "timm:resnet10t", "random_weights": True, "input_size": 28, "num_classes": 10}
+
+
+def test_a_net_without_gates_is_pruned_and_every_report_notes_that_no_excitation_was_found(
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "run"
+    report = stages.run_recipe(recipe(PRUNE, model=GATELESS, **DIGITS), out=out).report
+    assert NO_GATE in report.notes
+    assert report.checks["masked_equals_removed"].passed is True
+    assert NO_GATE in json.loads((out / "report.json").read_text())["notes"]
+    assert NO_GATE in (out / "report.md").read_text()
+    shown = io.StringIO()
+    Console(file=shown, width=200).print(render_report(report))
+    assert "No excitation was found, since the net has no gate" in shown.getvalue()
+    again = recipe({"prune": {"plan": str(out / "plan.json")}}, model=GATELESS, **DIGITS)
+    assert NO_GATE in stages.run_recipe(again, out=tmp_path / "again").report.notes
+
+
+@pytest.mark.parametrize("kind", ["rank", "prune"])
+def test_a_criterion_of_gates_needs_a_net_with_gates(kind: str, tmp_path: Path) -> None:
+    settings = {"criterion": "mean-excitation", "calibration_images": 64}
+    what = recipe({kind: settings | ({"ratio": 0.3} if kind == "prune" else {})}, model=GATELESS, **DIGITS)
+    with pytest.raises(
+        InputError, match="'mean-excitation' judges channels by their gates, and this net has"
+    ):
+        stages.run_recipe(what, out=tmp_path / "run")
+
+
 def test_polarising_needs_labels_and_gates(model: Path, tmp_path: Path) -> None:
-    plain = {"source": "timm:resnet10t", "random_weights": True, "input_size": 28, "num_classes": 10}
     with pytest.raises(InputError, match="no gate"):
-        stages.run_recipe(recipe(POLARISE, model=plain, **DIGITS), out=tmp_path / "run")
+        stages.run_recipe(recipe(POLARISE, model=GATELESS, **DIGITS), out=tmp_path / "run")
     folder = tmp_path / "flat"
     folder.mkdir()
     from PIL import Image

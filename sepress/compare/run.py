@@ -23,7 +23,7 @@ from sepress.compare.methods import Method
 from sepress.compare.plot import draw_pareto
 from sepress.compare.table import Table
 from sepress.coupling import Coupling, trace
-from sepress.criteria import rank
+from sepress.criteria import criterion_for, rank
 from sepress.data import DataSource, Loader, make_loader
 from sepress.device import seeded
 from sepress.digests import tensor_digest
@@ -126,7 +126,7 @@ def _fill(folder: CompareFolder, bases: dict[int, Bundle], bench: Bench) -> None
     progress = Progress(total=len(cells), left=missing)
     for seed, run in groupby(missing, key=_seed):
         ours = list(run)
-        start = _start(bases[seed].net, bench, seed, frozenset().union(*(m.needs for m, _, _ in ours)))
+        start = _start(bases[seed].net, bench, seed, [method for method, _, _ in ours])
         if not progress.estimated:
             progress.estimate(start, bench)
         for method, point, _ in ours:
@@ -204,14 +204,17 @@ def _base_figures(net: nn.Module, bench: Bench, seed: int, digest: str) -> BaseF
     return BaseFigures(seed, digest, macs, count_params(net), pack(right), len(right))
 
 
-def _start(net: nn.Module, bench: Bench, seed: int, evidence: frozenset[str]) -> Start:
+def _start(net: nn.Module, bench: Bench, seed: int, methods: Sequence[Method]) -> Start:
     """Trace the base, and measure once all that the methods of this seed need."""
     coupling = trace(net, bench.images(seed)[:1])
+    for method in methods:
+        if not method.from_scratch:
+            criterion_for(coupling, method.criterion)
     stats = calibrate(
         net,
         coupling,
         bench.calibration(seed),
-        evidence=evidence,
+        evidence=frozenset().union(*(method.needs for method in methods)),
         device=bench.device,
         data_id=bench.source.fingerprint,
     )

@@ -23,7 +23,7 @@ from sepress.defaults import AUTO, CRITERION
 from sepress.errors import InputError
 from sepress.types import Ranking
 
-__all__ = ["CRITERIA", "Criterion", "get_criterion", "rank"]
+__all__ = ["CRITERIA", "Criterion", "criterion_for", "get_criterion", "rank"]
 
 # fmt: off
 CRITERIA: dict[str, Criterion] = {c.name: c for c in (
@@ -68,6 +68,18 @@ def get_criterion(name: str) -> Criterion:
     return CRITERIA[known]
 
 
+def criterion_for(coupling: Coupling, name: str) -> Criterion:
+    """Return the criterion of that name; raises InputError where it looks at gates and the net has none."""
+    chosen = get_criterion(name)
+    if chosen.judges_gates and not coupling.gates:
+        others = ", ".join(other for other, known in CRITERIA.items() if not known.judges_gates)
+        raise InputError(
+            f"criterion '{chosen.name}' judges channels by their gates, and this net has none",
+            remedy=f"Choose auto, or one of: {others}.",
+        )
+    return chosen
+
+
 def rank(
     coupling: Coupling,
     stats: ExcitationStats | None,
@@ -79,9 +91,10 @@ def rank(
     """Score every prunable group; the weights are read from `net`, and nothing is run.
 
     With excitation among the statistics, the mean excitation of every gated group comes along, whatever
-    judged it. Raises InputError where statistics lack what the criterion needs, or a score is not finite.
+    judged it. Raises InputError where statistics lack what the criterion needs, where it judges by gates and
+    the net has none, or where a score is not finite.
     """
-    chosen = get_criterion(criterion)
+    chosen = criterion_for(coupling, criterion)
     missing = chosen.needs - (stats.evidence if stats else frozenset())
     if missing:
         raise InputError(

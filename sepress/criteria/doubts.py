@@ -7,7 +7,7 @@ import numpy as np
 from sepress.calibrate import ExcitationStats
 from sepress.coupling import Coupling
 from sepress.criteria.judging import per_unit, readings, some
-from sepress.types import Gate
+from sepress.types import NO_EXCITATION, Gate
 
 UNTRAINED_WIDTH = 0.05  # gates whose means all lie this close to 0.5 have hardly learned anything
 CONSTANT_DEVIATION = 1e-3  # a gate that varies less over images does not recalibrate
@@ -16,11 +16,7 @@ CONSTANT_DEVIATION = 1e-3  # a gate that varies less over images does not recali
 def doubts(coupling: Coupling, stats: ExcitationStats | None) -> list[str]:
     """The warnings of a ranking, in words."""
     gates = tuple(gate for gate in coupling.gates if gate.silent_because is None)
-    silent = dict.fromkeys(gate.silent_because for gate in coupling.gates if gate.silent_because is not None)
-    found = []
-    if not gates:
-        what = f"every gate found {' or '.join(silent)}" if silent else "no SE gate was found"
-        found.append(f"{what}: channels are judged without excitation")
+    found = list(filter(None, [no_excitation(coupling)]))
     if stats is None:
         return found
     if "excitation" in stats.evidence:
@@ -31,6 +27,15 @@ def doubts(coupling: Coupling, stats: ExcitationStats | None) -> list[str]:
             names = some([f"{n} of {name}" for name, n in dead.items()])
             found.append(f"{sum(dead.values())} channels are zero on every calibration image: {names}")
     return found
+
+
+def no_excitation(coupling: Coupling) -> str | None:
+    """Why no gate tells how much a channel counts, opening with `NO_EXCITATION`; None where one does."""
+    silent = dict.fromkeys(gate.silent_because for gate in coupling.gates)
+    if None in silent:
+        return None
+    why = f"every gate {' or '.join(map(str, silent))}" if silent else "the net has no gate"
+    return f"{NO_EXCITATION}, since {why}: channels are judged without it"
 
 
 def _gate_warnings(gates: tuple[Gate, ...], stats: ExcitationStats) -> list[str]:

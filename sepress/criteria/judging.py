@@ -56,6 +56,11 @@ class Criterion:
     summary: str
     predicts: bool = False
 
+    @property
+    def judges_gates(self) -> bool:
+        """Whether it looks at gates and nothing else, so that a net without any gives it nothing to see."""
+        return bool(self.needs & {"excitation", "class-excitation"})
+
 
 def judged_by_l2(facts: Facts, group: CouplingGroup, *, because: str | None = None) -> Judgement:
     """torch-pruning's group L2, or the plain mean over members where it knows no layer of the group."""

@@ -150,7 +150,7 @@ def _verdicts(report: Report) -> Iterator[Text]:
 
 def _basis(report: Report) -> Iterator[str]:
     """Say what the figures rest on: the groups and their evidence, the data, the preprocessing."""
-    yield from filter(None, [words.groups_sentence(report)])
+    yield from filter(None, [words.groups_sentence(report), words.excitation_sentence(report)])
     yield from words.data_words(report, named=UNREADABLE)
     yield from words.preprocessing_words(report, figures=False)
 

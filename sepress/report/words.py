@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sepress.report.as_json import UNSTATED
-from sepress.types import JSON, Check, GroupRow, Measurement, Report, Variant
+from sepress.types import JSON, NO_EXCITATION, Check, GroupRow, Measurement, Report, Variant
 
 BASE = "base"
 NOTHING = "-"  # what a cell shows where nothing was measured; the reason stands below the table
@@ -496,6 +496,16 @@ def groups_sentence(report: Report, *, most: int = 3) -> str:
         if judged
         else f"{said}, all of them frozen."
     )
+
+
+def excitation_sentence(report: Report) -> str:
+    """Say that no gate told of channels, '' where one did or nothing was ranked."""
+    return next((sentence(note) for note in report.notes if note.startswith(NO_EXCITATION)), "")
+
+
+def sentence(clause: str) -> str:
+    """The clause with a capital and a full stop."""
+    return f"{clause[0].upper()}{clause[1:]}."
 
 
 # ---- files ----------------------------------------------------------------------------------------
