@@ -30,6 +30,7 @@ _WHY = {
     "meets a parameter whose layout is unclear": _LAYOUT,
     "a grouped convolution whose layout is unclear": _LAYOUT,
     "a parameter along an axis without channels": _LAYOUT,
+    "scales a weight along an axis that it has not": _LAYOUT,
     "a batched product with a parameter": _LAYOUT,
     "matrix product with a parameter on the left": _LAYOUT,
     "meets data that no layer made": _NO_LAYER,

@@ -109,7 +109,9 @@ def _gates(inspection: Inspection, full: bool) -> Iterator[RenderableType]:
         silent = {f"{gate.kind}, {gate.activation}": gate.silent_because for gate in gates.values()}
         for kind, why in silent.items():
             if why is not None:
-                yield _line(f"  A gate '{kind}' does not tell how much a channel counts: it {why}.", style="dim")
+                yield _line(
+                    f"  A gate '{kind}' does not tell how much a channel counts: it {why}.", style="dim"
+                )
 
 
 def _judged(groups: Sequence[str], frozen: Collection[str]) -> str:
