@@ -406,6 +406,10 @@ def test_a_gate_is_judged_by_its_values_or_the_ranking_says_why_not(name: str) -
             s = seen[gate.name].movedim(gate.site.axis, 0).flatten(1)
             torch.testing.assert_close(stats.mean_excitation(gate).float(), s.mean(1))
             assert s.min() >= (-1 if gate.activation == "tanh" else 0)
+    if not coupling.gates:
+        with pytest.raises(InputError, match="judges channels by their gates, and this net has none"):
+            rank(coupling, stats, criterion="mean-excitation", net=net)
+        return
     ranking = rank(coupling, stats, criterion="mean-excitation", net=net)
     for group in gated_names(coupling) & ranking.evidence.keys():
         kinds = {(gate.kind, gate.activation) for gate in coupling.gates}

@@ -225,6 +225,9 @@ def reasons_in_the_source() -> list[str]:
     for part in given:
         if isinstance(part, ast.JoinedStr):
             texts.append("".join(v.value if isinstance(v, ast.Constant) else "*" for v in part.values))
+    texts = [
+        text for text in texts if any(map(str.isalpha, text))
+    ]  # not one that is put together from others
     assert len(texts) > 30
     return texts
 

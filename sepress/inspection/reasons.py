@@ -15,6 +15,8 @@ _LAYOUT = "it can't be told which of its numbers belong to which channel"
 _CODE = "a number in the code would no longer fit, and surgery doesn't rewrite code"
 _POSITION = "each channel means something by its place, and removal moves the later ones up"
 _OTHERS = "one channel's value depends on all the others, so that a removed one is not just missing"
+_TWO_AXES = "each of its numbers belongs to several channels at once"
+_UNSEEN = "what training does with it was not seen, and it must still fit there"
 _COMPUTED = "it is computed in the forward, while surgery cuts tensors that are stored"
 
 # what a rule says (a pattern) -> why channels can't go; the tests hold that every rule's reason is here
@@ -35,10 +37,14 @@ _WHY = {
     "matrix product with a parameter on the left": _LAYOUT,
     "meets data that no layer made": _NO_LAYER,
     "multiplied with data that no layer made": _NO_LAYER,
+    "heads multiplied with heads that no layer made": _NO_LAYER,
     "a grouped convolution reads data that no layer made": _NO_LAYER,
     "meets zeros padded beside its channels": _NO_LAYER,
     "a linear layer over positions": "what it makes are positions, not channels",
-    "a product with channels on two axes": "each number it makes belongs to two channels at once",
+    "a product with channels on two axes": _TWO_AXES,
+    "a product with channels on three axes": _TWO_AXES,
+    "meets channels on two axes": _TWO_AXES,
+    "channels on two axes in '*'": _TWO_AXES,
     "attention over channels": _OTHERS,
     "softmax over channels": _OTHERS,
     "* over channels": _OTHERS,
@@ -49,6 +55,11 @@ _WHY = {
     "convolution along the channel axis": "it mixes neighbours, and survivors would get others",
     "a channel picked by its position": _POSITION,
     "channels picked by stored positions (*)": _POSITION,
+    "ordered by value (*)": "the order of the others changes where one is missing",
+    "what is picked depends on its values (*)": "which are picked depends on the image",
+    "pooled over no region of the image that was traced": "nothing showed where they go",
+    "made in training, where the forward fails (*)": _UNSEEN,
+    "'*' may read it in training, where the forward can't be traced*": _UNSEEN,
     "a parameter cut at positions written in the code": _CODE,
     "cut at a position written in the code": _CODE,
     "split at sizes written in the code": _CODE,
