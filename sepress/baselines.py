@@ -13,7 +13,7 @@ import contextlib
 import copy
 import io
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -95,35 +95,116 @@ def group_hessian(net: nn.Module, group: CouplingGroup, *, squares: Mapping[str,
         return _judge(net, group, tp.importance.GroupHessianImportance(normalizer=None))
 
 
-def torch_pruning_groups(net: nn.Module, inputs: Any) -> list[frozenset[Slot]]:
-    """What torch-pruning's own graph couples: for every unit the channels that go with it.
+@dataclass(frozen=True)
+class PeerGroup:
+    """A group of torch-pruning's: its first layer, and for the outputs of it that are a unit what goes along."""
 
-    `inputs` are an example of the forward's. Works on a copy of the net; raises what torch-pruning raises.
+    root: str
+    units: Mapping[tuple[int, ...], frozenset[Slot]]
+
+
+class SecondOpinion:
+    """torch-pruning's own graph of a copy of a net, in our terms: what it couples, and what it removes.
+
+    `inputs` are an example of the forward's; `kept` are layers of which nothing may go, as its users name
+    those that make the outputs. `ratio` is of every group. Raises what torch-pruning raises.
     """
-    net = copy.deepcopy(net).eval().requires_grad_(True)
-    names = {module: name for name, module in net.named_modules()}
-    with _silence():
-        graph = tp.DependencyGraph().build_dependency(net, example_inputs=inputs)
-        groups = [
-            [(item.dep, item.idxs, item.root_idxs) for item in group] for group in graph.get_all_groups()
-        ]
-    units: list[frozenset[Slot]] = []
-    for items in groups:
-        slots: dict[int, set[Slot]] = {}
-        for dep, indices, roots in items:
+
+    def __init__(
+        self, net: nn.Module, inputs: Any, *, kept: Iterable[str] = (), ratio: float = 0.3
+    ) -> None:
+        self.net = copy.deepcopy(net).eval().requires_grad_(True)
+        self._names = {module: name for name, module in self.net.named_modules()}
+        self._left: dict[tuple[str, Side], list[int]] = {}  # by place what channel it was
+        with _silence():
+            self._pruner = tp.pruner.BasePruner(
+                self.net,
+                inputs,
+                importance=tp.importance.RandomImportance(),
+                pruning_ratio=ratio,
+                ignored_layers=[self.net.get_submodule(name) for name in kept],
+                in_channel_groups={},  # its defaults are one dict for all pruners
+                out_channel_groups={},
+            )
+
+    def groups(self) -> list[PeerGroup]:
+        """Return all groups, with a unit for what its pruner removes together.
+
+        In a group with grouped convolutions or group norms that is the same offset of every block.
+        """
+        pruner = self._pruner
+        with _silence():
+            groups = list(pruner.DG.get_all_groups(pruner.ignored_layers, tuple(pruner.root_module_types)))
+        return [self._in_our_terms(group) for group in groups]
+
+    def goes_with(self, root: str, outputs: Iterable[int]) -> frozenset[Slot]:
+        """Return what would go if these outputs of a layer did.
+
+        A unit of `groups` may be less: where a channel of another layer goes with two of the root's, the
+        full group keeps it for the first.
+        """
+        return frozenset(slot for _, slot in self._slots(self._group(root, outputs)))
+
+    def cut(self, root: str, outputs: Iterable[int]) -> frozenset[Slot]:
+        """Remove these outputs of a layer from `net`, and all that goes with them; returns what went."""
+        with _silence():
+            return self._cut(self._group(root, outputs))
+
+    def prune(self) -> frozenset[Slot]:
+        """Let its pruner remove the ratio of every group from `net`, at random; returns what went."""
+        with _silence():
+            return frozenset().union(*(self._cut(group) for group in self._pruner.step(interactive=True)))
+
+    def _group(self, root: str, outputs: Iterable[int]) -> Group:
+        module, graph = self.net.get_submodule(root), self._pruner.DG
+        function = graph.get_pruner_of_module(module).prune_out_channels
+        with _silence():
+            return graph.get_pruning_group(module, function, list(outputs))
+
+    def _cut(self, group: Group) -> frozenset[Slot]:
+        gone: dict[tuple[str, Side], set[int]] = {}
+        for _, (name, side, place) in self._slots(group):
+            gone.setdefault((name, side), set()).add(place)
+        group.prune()
+        every: set[Slot] = set()
+        for (name, side), places in gone.items():
+            left = self._left.setdefault((name, side), list(range(self._width(name, side) + len(places))))
+            every |= {(name, side, left[place]) for place in places}
+            self._left[name, side] = [channel for place, channel in enumerate(left) if place not in places]
+        return frozenset(every)
+
+    def _width(self, name: str, side: Side) -> int:
+        module = self.net.get_submodule(name)
+        pruner = PrunerBox[ops.module2type(module)]
+        width: int = pruner.get_in_channels(module) if side == "in" else pruner.get_out_channels(module)
+        return width
+
+    def _in_our_terms(self, group: Group) -> PeerGroup:
+        width = len(group[0].idxs)
+        size = width // self._pruner._get_channel_groups(group)
+        units: dict[int, set[Slot]] = {unit: set() for unit in range(size)}
+        for channel, slot in self._slots(group):
+            units[channel % size].add(slot)
+        root = self._names[group[0].dep.target.module]
+        return PeerGroup(
+            root, {tuple(range(unit, width, size)): frozenset(slots) for unit, slots in units.items()}
+        )
+
+    def _slots(self, group: Group) -> Iterator[tuple[int, Slot]]:
+        """Yield the channels of layers in a group, each with the root's channel that it goes with."""
+        for item in group:
+            dep = item.dep
             if dep.target.type not in _WEIGHTED | _NORMS:
                 continue
             pruner = PrunerBox[dep.target.type]
             weighted = dep.target.type in _WEIGHTED - {ops.OPTYPE.DEPTHWISE_CONV}
             side: Side = "in" if weighted and dep.handler == pruner.prune_in_channels else "out"
-            for index, root in zip(indices, roots, strict=True):
-                slots.setdefault(root, set()).add((names[dep.target.module], side, index))
-        units.extend(frozenset(unit) for unit in slots.values())
-    return units
+            for index, root in zip(item.idxs, item.root_idxs, strict=True):
+                yield root, (self._names[dep.target.module], side, index)
 
 
 def coupled_channels(net: nn.Module, group: CouplingGroup) -> list[frozenset[Slot]]:
-    """One of our groups in the terms of `torch_pruning_groups`: the channels that go with each unit."""
+    """One of our groups in the terms of `SecondOpinion`: the channels that go with each unit."""
     units: list[set[Slot]] = [set() for _ in range(group.units)]
     for layer in _layers(net, group)[0]:
         for unit, index in zip(layer.unit.tolist(), layer.index.tolist(), strict=True):
