@@ -301,67 +301,84 @@ class _Builder:
         first = self._first_of_axis(axis)
         return np.arange(first, first + self.t.slots.shapes[parameter][dim])
 
-    def signatures(self) -> dict[tuple[object, ...], list[int]]:
-        """Return the labels that live on the same producers in the same numbers, in order of appearance."""
-        lives: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        first_seen: dict[int, int] = {}
-        for axis in self.producer_axes:
+    def alike(self) -> list[np.ndarray]:
+        """Return the labels that live on the same producers in the same numbers, in order of appearance.
+
+        Every axis parts the labels that it holds from those that were like them and that it doesn't hold, or
+        holds in another number; how many of a frozen label lie on an axis parts nothing.
+        """
+        size = int(self.label.max()) + 1
+        frozen = np.isin(np.arange(size), list(self.reasons))
+        kind = frozen.astype(np.int64)  # of each label
+        axis_met, first_met = np.full(size, -1), np.zeros(size, np.int64)  # where it appears
+        kinds = 2
+        for number, axis in enumerate(self.producer_axes):
             labels, first, counts = np.unique(
                 self.label[self._slots_of_axis(axis)], return_index=True, return_counts=True
             )
-            for label, at, count in zip(labels.tolist(), first.tolist(), counts.tolist(), strict=True):
-                lives[label].append((axis, count))
-                first_seen.setdefault(label, at)
-        alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
-        for label, places in lives.items():
-            frozen = label in self.reasons
-            key = tuple(axis for axis, _ in places) if frozen else tuple(places)
-            alike[(frozen, *key)].append(label)
-        for labels_alike in alike.values():
-            labels_alike.sort(key=lambda label: first_seen[label])
-        rank = {axis: number for number, axis in enumerate(self.producer_axes)}
-
-        def place(item: tuple[tuple[object, ...], list[int]]) -> tuple[int, bool, int]:
-            label = item[1][0]
-            return rank[lives[label][0][0]], label in self.reasons, first_seen[label]
-
-        return dict(sorted(alike.items(), key=place))
+            counts[frozen[labels]] = 1
+            parts = np.unique(kind[labels] * (counts.max() + 1) + counts, return_inverse=True)[1]
+            kind[labels] = kinds + parts
+            kinds += int(parts.max()) + 1
+            new = axis_met[labels] < 0
+            axis_met[labels[new]], first_met[labels[new]] = number, first[new]
+        met = np.flatnonzero(axis_met >= 0)
+        met = met[np.lexsort((first_met[met], kind[met]))]
+        sets = np.split(met, np.flatnonzero(np.diff(kind[met])) + 1) if len(met) else []
+        return sorted(sets, key=lambda labels: (axis_met[labels[0]], frozen[labels[0]], first_met[labels[0]]))
 
     def groups(self) -> list[CouplingGroup]:
         slots = self.t.slots
-        alike = self.signatures()
+        alike = self.alike()
         number_of_label = np.full(int(self.label.max()) + 1, -1)
         unit_of_label = np.full(int(self.label.max()) + 1, -1)
-        for number, labels in enumerate(alike.values()):
+        for number, labels in enumerate(alike):
             number_of_label[labels] = number
             unit_of_label[labels] = np.arange(len(labels))
         self.group_of, self.unit_of = number_of_label[self.label], unit_of_label[self.label]
         self.group_of[:FIRST_SLOT] = self.unit_of[:FIRST_SLOT] = -1
-        members = self._members(len(alike))
+        members, axes = self._members(len(alike)), self._axes_of_groups(len(alike))
+        in_gate = self._axes_in_gates()
         groups: list[CouplingGroup] = []
         times_named: dict[str, int] = defaultdict(int)
-        for number, labels in enumerate(alike.values()):
-            axes = [a for a in self.producer_axes if (self.group_of[self._slots_of_axis(a)] == number).any()]
-            width = int((self.group_of[self._slots_of_axis(axes[0])] == number).sum())
-            producers = tuple(dict.fromkeys(self._module(axis) for axis in axes))
+        for number, labels in enumerate(alike):
+            width = int((self.group_of[self._slots_of_axis(axes[number][0])] == number).sum())
+            producers = tuple(dict.fromkeys(self._module(axis) for axis in axes[number]))
             times_named[producers[0]] += 1
             times = times_named[producers[0]]
+            reasons = dict.fromkeys(why for label in labels.tolist() for why in self.reasons.get(label, ()))
+            role: Role = "se_hidden" if in_gate.issuperset(axes[number]) else "ungated"
             groups.append(
                 CouplingGroup(
                     name=(producers[0] or "net") + (f"#{times}" if times > 1 else ""),
-                    role=self._role(set(axes), labels),
+                    role="frozen" if reasons else role,
                     width=width,
                     units=len(labels),
                     producers=producers,
                     gates=(),
                     members=members[number],
-                    reasons=tuple(
-                        dict.fromkeys(why for label in labels for why in self.reasons.get(label, ()))
-                    ),
+                    reasons=tuple(reasons),
                 )
             )
         assert slots.size == len(self.group_of)
         return groups
+
+    def _axes_of_groups(self, groups: int) -> list[list[int]]:
+        """Return the axes of producers that each group has channels on."""
+        axes: list[list[int]] = [[] for _ in range(groups)]
+        for axis in self.producer_axes:
+            for number in np.unique(self.group_of[self._slots_of_axis(axis)]).tolist():
+                if number >= 0:
+                    axes[number].append(axis)
+        return axes
+
+    def _axes_in_gates(self) -> set[int]:
+        """Return the axes that producers make in gates' branches only."""
+        axes: dict[bool, set[int]] = {True: set(), False: set()}
+        for made in self.t.producers:
+            in_gate = made.mark is not None and made.mark.in_gate
+            axes[in_gate].add(int(self.t.slots.axis_of[made.slots[0]]))
+        return axes[True] - axes[False]
 
     def _members(self, groups: int) -> list[tuple[Member, ...]]:
         slots = self.t.slots
@@ -375,12 +392,6 @@ class _Builder:
             member = Member(slots.names[slots.axes[axis][0]], dim, self.unit_of[part][which], index)
             members[int(self.group_of[part[0]])].append(member)
         return [tuple(parts) for parts in members]
-
-    def _role(self, axes: set[int], labels: list[int]) -> Role:
-        if labels[0] in self.reasons:
-            return "frozen"
-        made = [m for m in self.t.producers if int(self.t.slots.axis_of[m.slots[0]]) in axes]
-        return "se_hidden" if all(m.mark is not None and m.mark.in_gate for m in made) else "ungated"
 
     def gates(self, groups: list[CouplingGroup]) -> tuple[Gate, ...]:
         """Name each found gate and its group: the one that most of its channels belong to."""

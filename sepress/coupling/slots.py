@@ -56,7 +56,7 @@ class SlotTable:
         self._strides: list[tuple[int, ...]] = []
         self._memory: dict[int, list[tuple[int, int, int]]] = {}  # storage -> (start, stop, parameter)
         self._first_element = [1]  # of each parameter, in a count over all; 0 means 'unclear'
-        axis_of: list[np.ndarray] = [np.full(FIRST_SLOT, -1)]
+        lengths: list[int] = []  # of the axes
         self.size = FIRST_SLOT
         trained = {id(p) for p in net.parameters()}
         for name, tensor in named_tensors(net):
@@ -74,10 +74,10 @@ class SlotTable:
             self.first_slot.append([])
             for dim, length in enumerate(shape):
                 self.first_slot[-1].append(self.size)
-                axis_of.append(np.full(length, len(self.axes)))
+                lengths.append(length)
                 self.axes.append((number, dim))
                 self.size += length
-        self.axis_of = np.concatenate(axis_of)
+        self.axis_of = np.repeat(np.arange(-1, len(lengths)), [FIRST_SLOT, *lengths])
 
     def _taken_apart(self, name: str, tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shape and strides of a tensor whose flat dims count as several."""
@@ -147,7 +147,11 @@ class SlotTable:
     def along(self, tensor: Tensor, axis: int) -> Ids | None:
         """Return the slots along one axis of a view of a parameter, or None where they are not one axis."""
         start, number = self._place(tensor)
-        first = int(tensor.storage_offset()) - start + self._first_element[number]
+        offset = int(tensor.storage_offset()) - start
+        if offset == 0 and tensor.shape == self.shapes[number] and tensor.stride() == self._strides[number]:
+            first = self.first_slot[number][axis]  # the parameter itself
+            return np.arange(first, first + tensor.size(axis))
+        first = offset + self._first_element[number]
         return self.of_elements(first + np.arange(tensor.size(axis), dtype=np.int64) * tensor.stride(axis))
 
     def _place(self, tensor: Tensor) -> tuple[int, int]:

@@ -7,7 +7,6 @@ the size of an axis with ids tells which number must follow which channels.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,9 +102,12 @@ def unchanged_attributes(net: nn.Module) -> Iterator[None]:
     before = []
     for module in net.modules():
         held = dict(module.__dict__)
-        before.append(
-            (module, held, {key: copy.copy(v) for key, v in held.items() if isinstance(v, dict | list)})
-        )
+        contents = {
+            key: dict(v) if isinstance(v, dict) else list(v)
+            for key, v in held.items()
+            if isinstance(v, (dict, list))
+        }
+        before.append((module, held, contents))
     try:
         yield
     finally:

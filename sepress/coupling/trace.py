@@ -10,7 +10,7 @@ import copy
 import linecache
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
@@ -176,14 +177,14 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        inputs = list(_tensors((*args, *kwargs.values())))
         signals = [x for x in inputs if x in self.shadows]
         traced = bool(signals)
         self.touched.update(n for x in inputs if (n := self.slots.find(x)) is not None)
         if traced and name in PYTHON_VALUES:
             self.ends.decide(_data_dependent(self.module))
         result = func(*args, **kwargs)
-        outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        outputs = list(_tensors((result,)))
         op = Op(name, func, args, kwargs, inputs, signals, outputs)
         op.chooses = traced and _chooses(op)
         if name not in rules.FACTORIES and (traced or any(self.is_parametric(x) for x in inputs)):
@@ -537,6 +538,15 @@ def _chooses(op: Op) -> bool:
     )
 
 
+def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+    """Yield an operation's tensors in order: its arguments hold no containers but lists."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
 class _Calls(TorchFunctionMode):
     """Tells the tracer which outermost torch function runs, and counts them."""
 
@@ -599,18 +609,24 @@ def undisturbed(net: nn.Module) -> Iterator[None]:
 @contextmanager
 def _module_paths(net: nn.Module, running: list[str]) -> Iterator[None]:
     """Keep the dotted paths of the modules that run in a list."""
-    with ExitStack() as hooks:
-        for path, module in net.named_modules():
+    paths = {module: path for path, module in net.named_modules()}
 
-            def enter(_module: nn.Module, _args: Any, path: str = path) -> None:
-                running.append(path)
+    def enter(module: nn.Module, _args: Any) -> None:
+        if module in paths:
+            running.append(paths[module])
 
-            def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
-                running.pop()
+    def leave(module: nn.Module, _args: Any, _output: Any) -> None:
+        if module in paths:
+            running.pop()
 
-            hooks.callback(module.register_forward_pre_hook(enter).remove)
-            hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
+    # Two hooks for every module there is: two on each of the net's would take as long as its forward.
+    before = register_module_forward_pre_hook(enter)
+    after = register_module_forward_hook(leave, always_call=True)
+    try:
         yield
+    finally:
+        before.remove()
+        after.remove()
 
 
 def one_image(inputs: Inputs, index: int = 0) -> tuple[Tensor, ...]:
