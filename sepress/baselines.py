@@ -13,7 +13,7 @@ import contextlib
 import copy
 import io
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -97,7 +97,7 @@ def group_hessian(net: nn.Module, group: CouplingGroup, *, squares: Mapping[str,
 
 @dataclass(frozen=True)
 class PeerGroup:
-    """A group of torch-pruning's: its first layer, and for the outputs of it that are a unit what goes along."""
+    """A group of torch-pruning's: its first layer, and for outputs of it that are a unit what goes along."""
 
     root: str
     units: Mapping[tuple[int, ...], frozenset[Slot]]
@@ -110,9 +110,7 @@ class SecondOpinion:
     those that make the outputs. `ratio` is of every group. Raises what torch-pruning raises.
     """
 
-    def __init__(
-        self, net: nn.Module, inputs: Any, *, kept: Iterable[str] = (), ratio: float = 0.3
-    ) -> None:
+    def __init__(self, net: nn.Module, inputs: Any, *, kept: Iterable[str] = (), ratio: float = 0.3) -> None:
         self.net = copy.deepcopy(net).eval().requires_grad_(True)
         self._names = {module: name for name, module in self.net.named_modules()}
         self._left: dict[tuple[str, Side], list[int]] = {}  # by place what channel it was
@@ -182,16 +180,18 @@ class SecondOpinion:
     def _in_our_terms(self, group: Group) -> PeerGroup:
         width = len(group[0].idxs)
         size = width // self._pruner._get_channel_groups(group)
-        units: dict[int, set[Slot]] = {unit: set() for unit in range(size)}
-        for channel, slot in self._slots(group):
-            units[channel % size].add(slot)
         root = self._names[group[0].dep.target.module]
-        return PeerGroup(
-            root, {tuple(range(unit, width, size)): frozenset(slots) for unit, slots in units.items()}
-        )
+        outputs = [tuple(range(unit, width, size)) for unit in range(size)]
+        slots = list(self._slots(group))
+        if any(channel is None for channel, _ in slots):  # it loses track over parameters of no layer
+            return PeerGroup(root, {unit: self.goes_with(root, unit) for unit in outputs})
+        units: list[set[Slot]] = [set() for _ in outputs]
+        for channel, slot in slots:
+            units[channel % size].add(slot)
+        return PeerGroup(root, dict(zip(outputs, map(frozenset, units), strict=True)))
 
-    def _slots(self, group: Group) -> Iterator[tuple[int, Slot]]:
-        """Yield the channels of layers in a group, each with the root's channel that it goes with."""
+    def _slots(self, group: Group) -> Iterator[tuple[int | None, Slot]]:
+        """Yield the channels of layers in a group, each with the root's that it goes with, if known."""
         for item in group:
             dep = item.dep
             if dep.target.type not in _WEIGHTED | _NORMS:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sepress.baselines import (
     BaselineScores,
+    SecondOpinion,
     Slot,
     coupled_channels,
     group_bn_scale,
@@ -19,7 +20,6 @@ from sepress.baselines import (
     group_l2,
     group_lamp,
     group_taylor,
-    torch_pruning_groups,
 )
 from sepress.coupling import trace
 from sepress.types import CouplingGroup, Member
@@ -92,7 +92,7 @@ def squares(weight: Tensor, dim: int) -> Tensor:
 @pytest.mark.parametrize("kind", [ResidualNet, InvertedNet])
 def test_torch_pruning_couples_the_channels_that_we_couple(kind: type[nn.Module]) -> None:
     net, x = kind().eval(), torch.randn(1, 3, 8, 8)
-    theirs = set(torch_pruning_groups(net, x))
+    theirs = {unit for group in SecondOpinion(net, x).groups() for unit in group.units.values()}
     ours = [unit for group in trace(net, x).prunable() for unit in coupled_channels(net, group)]
     assert len(ours) >= 2 * 8 + 2 * 4
     assert theirs - set(ours) == {frozenset({("head", "out", i)}) for i in range(5)}  # the classes stay
@@ -254,6 +254,6 @@ def test_parameters_without_a_layer_are_named_and_left_out() -> None:
 
 def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     net = ResidualNet()
-    torch_pruning_groups(net, torch.randn(1, 3, 8, 8))
+    SecondOpinion(net, torch.randn(1, 3, 8, 8)).groups()
     group_l2(net, group_of((member("stem.0.weight", 0, 8),), 8, "stem.0"))
     assert capfd.readouterr() == ("", "")
