@@ -38,13 +38,13 @@ from sepress.measure import count_macs, count_params
 from sepress.modes import evaluating
 from sepress.parity import check_onnx_parity, compare_outputs
 from sepress.pruning import Surgery, prune_channels, rank_channels
-from sepress.train import recalibrate_batchnorm
 from sepress.types import Policy, PruningPlan, Ranking
 
 LIMIT_SECONDS = 60.0  # of trace + plan + surgery + verification, on one core
 LIMIT_MB = 4096.0  # of memory beyond the net itself, while that runs
 LEAST_FREE = 0.9  # of the output channels of a net with SE gates
 PROCESS_SECONDS = 600.0  # of everything together; whatever is slower hangs, for all that anyone can tell
+DETECTORS = (GeneralizedRCNN, SSD)  # of torchvision: in training they ask for boxes
 IMAGES = 4  # noise: ranked by all, trained on all, verified on two
 ROUND_TO = Policy.round_to
 
@@ -100,11 +100,11 @@ class Result:
         return asdict(self)
 
 
-def examine(architecture: Architecture, folder: Path, *, exporter: Exporter = "dynamo") -> Result:
+def examine(architecture: Architecture, folder: Path, *, exporter: Exporter | None = "dynamo") -> Result:
     """Run every check on one architecture in a process of its own; what goes wrong is in the result.
 
-    Files go to `folder`. The process is forked from a server that has imported everything already, and is
-    ended where it takes longer than PROCESS_SECONDS.
+    Without an exporter it is every check but ONNX. Files go to `folder`. The process is forked from a server
+    that has imported everything already, and is ended where it takes longer than PROCESS_SECONDS.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["zoo_checks"])
@@ -126,7 +126,9 @@ def examine(architecture: Architecture, folder: Path, *, exporter: Exporter = "d
     return Result(architecture.reference, architecture.section, {"process": why})
 
 
-def _examine_and_send(sender: Any, architecture: Architecture, folder: Path, exporter: Exporter) -> None:
+def _examine_and_send(
+    sender: Any, architecture: Architecture, folder: Path, exporter: Exporter | None
+) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     with (folder / "output.txt").open("w") as file:  # libraries talk on the level of file descriptors
@@ -156,13 +158,20 @@ def make_lively(net: nn.Module, images: Tensor) -> None:
         for parameter in net.parameters():
             if parameter.is_floating_point() and (parameter == parameter.flatten()[0]).all():
                 parameter += torch.empty_like(parameter).uniform_(-0.25, 0.25)
-    if not isinstance(net, GeneralizedRCNN | SSD):  # in training these ask for boxes; their norms are frozen
-        recalibrate_batchnorm(net, [images], device=torch.device("cpu"))
+    norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    before = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        training_loss(net.train(), images)
+    for norm, momentum in zip(norms, before, strict=True):
+        norm.momentum = momentum
+    net.eval()
 
 
 def training_loss(net: nn.Module, images: Tensor) -> Tensor:
     """Some loss that depends on every output in train mode."""
-    if isinstance(net, GeneralizedRCNN | SSD):
+    if isinstance(net, DETECTORS):
         box = torch.tensor([[8.0, 8.0, images.shape[-1] / 2, images.shape[-2] / 2]])
         losses: dict[str, Tensor] = net(
             list(images), [{"boxes": box, "labels": torch.tensor([1])} for _ in images]
@@ -193,7 +202,7 @@ class Examination:
     cut: Surgery
     loaded: nn.Module
 
-    def __init__(self, architecture: Architecture, folder: Path, exporter: Exporter) -> None:
+    def __init__(self, architecture: Architecture, folder: Path, exporter: Exporter | None) -> None:
         self.of, self.folder, self.exporter = architecture, folder, exporter
         self.result = Result(architecture.reference, architecture.section, {})
         self.times: dict[str, float] = {}
@@ -218,7 +227,8 @@ class Examination:
             self._holds(check)
         if self._holds(self.saved):
             self._holds(self.pruned_again)
-        self._holds(self.exported)
+        if self.exporter is not None:
+            self._holds(self.exported)
         return self.result
 
     def _holds(self, check: Callable[[], float | None]) -> bool:
@@ -261,11 +271,14 @@ class Examination:
         assert not elsewhere, f"gates of no group: {', '.join(elsewhere[:3])}"
 
     def ranked(self) -> None:
-        """Contribution: every gate and every reader is tapped while the net runs."""
+        """Contribution: every gate and every reader is tapped while the net runs.
+
+        A detector prepares its images one by one, so that its calls follow the trace for one image only.
+        """
         self.ranking, _ = rank_channels(
             self.net,
             self.coupling,
-            [self.images],
+            list(self.images.split(1 if isinstance(self.net, DETECTORS) else IMAGES)),
             criterion="contribution",
             compensate=False,
             device=torch.device("cpu"),
@@ -363,14 +376,20 @@ class Examination:
         return surgery.check.relative_error
 
     def exported(self) -> float | None:
-        path = self.folder / "pruned.onnx"
+        """The file takes any batch, or one image where a forward fixes it or gives a list, as detectors do."""
+        path, example, fixed = self.folder / "pruned.onnx", self.images[:1], isinstance(self.net, DETECTORS)
+        assert self.exporter is not None
         try:
-            export_onnx(self.cut.net, path, example=self.images[:1], exporter=self.exporter)
+            export_onnx(
+                self.cut.net, path, example=example, exporter=self.exporter, batch=1 if fixed else None
+            )
         except SepressError as error:
-            if "batch" not in str(error):
+            if fixed or "batch" not in str(error):
                 raise
-            export_onnx(self.cut.net, path, example=self.images[:1], exporter=self.exporter, batch=1)
-            self._note(notes=(*self.result.notes, "ONNX of a fixed batch"))
+            fixed = True
+            export_onnx(self.cut.net, path, example=example, exporter=self.exporter, batch=1)
+        if fixed:
+            self._note(notes=(*self.result.notes, "ONNX of one image at a time"))
         check = check_onnx_parity(self.cut.net, path, self.images)
         assert check.passed, f"{check.reason}"
         return check.relative_error
