@@ -145,6 +145,8 @@ def build(reference: str, **kwargs: Any) -> nn.Module:
         return timm.create_model(name, **kwargs).eval()
     if not _registered(reference):  # a detector or a segmenter
         kwargs["weights_backbone"] = None
+        if "rcnn" in name:
+            kwargs["box_score_thresh"] = 0.0  # random weights are sure of nothing: they would find no box
     return torchvision.models.get_model(name, weights=None, **kwargs).eval()
 
 
@@ -376,7 +378,7 @@ class Examination:
         return surgery.check.relative_error
 
     def exported(self) -> float | None:
-        """The file takes any batch, or one image where a forward fixes it or gives a list, as detectors do."""
+        """The file takes any batch; one image where a forward fixes it or, as detectors, gives a list."""
         path, example, fixed = self.folder / "pruned.onnx", self.images[:1], isinstance(self.net, DETECTORS)
         assert self.exporter is not None
         try:
