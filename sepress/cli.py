@@ -246,6 +246,14 @@ class PlanOptions(OptionGroup):
     gated_only: Annotated[
         bool, typer.Option("--gated-only", help="Leave groups without an SE gate as they are.")
     ] = False
+    eca_neighbours: Annotated[
+        bool,
+        typer.Option(
+            "--eca-neighbours",
+            help="Let channels go that an ECA gate convolves along: those left become neighbours, so there"
+            " the net is not the masked one.",
+        ),
+    ] = False
     frozen: Annotated[
         list[str] | None,
         typer.Option("--freeze", metavar="PATTERN", help="Groups to leave as they are, such as 'layer4.*'."),

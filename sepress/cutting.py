@@ -134,7 +134,7 @@ def cut_in_steps(job: Job, settings: Any, judged: Judged) -> Surgery:
         if settings.step_epochs:
             _tune(job, net, stage, epochs=settings.step_epochs)
         with console.working("tracing"):
-            coupling = trace(net, example)
+            coupling = trace(net, example, eca_neighbours=settings.eca_neighbours)
         return judge(
             job,
             net,

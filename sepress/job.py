@@ -222,11 +222,11 @@ class Job:
         """One blank input, (1, C, H, W) on the device: enough to count MACs."""
         return torch.zeros(1, *self.spec.preprocessing.input_size, device=self.device)
 
-    def coupling(self) -> Coupling:
+    def coupling(self, *, eca_neighbours: bool = False) -> Coupling:
         """Trace the newest net on a calibration image."""
         example = self.images(1)
         with console.working("tracing"):
-            return trace(self.newest.net, example)
+            return trace(self.newest.net, example, eca_neighbours=eca_neighbours)
 
     def keep(
         self, label: str, net: nn.Module, *, lineage: dict[str, JSON], trained: bool

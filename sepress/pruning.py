@@ -171,7 +171,25 @@ def prune_channels(
         )
     if refits is not None:
         plan = replace(plan, notes=(*plan.notes, *refits.notes()))
+    plan = replace(plan, notes=(*plan.notes, *_neighbour_notes(coupling, plan)))
     return Surgery(pruned, plan, coupling, check)
+
+
+def _neighbour_notes(coupling: Coupling, plan: PruningPlan) -> tuple[str, ...]:
+    """Say where convolutions along channels (ECA) got other neighbours, if any did."""
+    touched = {
+        module
+        for name, along in coupling.along_channels.items()
+        if plan.removed.get(name)
+        for module in along
+    }
+    if not touched:
+        return ()
+    count = "1 convolution" if len(touched) == 1 else f"{len(touched)} convolutions"
+    return (
+        f"eca_neighbours: {count} along channels met other neighbours, so gates are not those of the masked"
+        " net; the check took them from the pruned one. Fine-tune.",
+    )
 
 
 def restore(
@@ -238,6 +256,7 @@ def prune(
     round_to: int = Policy.round_to,
     min_width: int = Policy.min_width,
     gated_only: bool = False,
+    eca_neighbours: bool = False,
     frozen: Sequence[str] = (),
     overrides: Mapping[str, float] | None = None,
     compensate: bool = True,
@@ -250,13 +269,13 @@ def prune(
     """Prune a net by what its channels do on calibration inputs; the net given is left as it was.
 
     `calibration` is a tensor of inputs (N, C, H, W; also 3- or 5-dimensional), or an iterable that can be
-    read more than once (a DataLoader, a list) of such tensors or of (inputs, targets) pairs; targets are
-    needed by the criteria that use labels only. Exactly one target is given: `ratio` of prunable channels
-    removed, or the share of the base's MACs, parameters or latency to keep. A latency is planned for by
-    `latency_table` (or the file of one that `sepress profile` wrote), or else timed on this machine. With
-    `compensate`, layers that read what goes are refitted on the same inputs; batch norm always is.
-    Fine-tuning is yours. Raises InputError for what can't be used and CheckError where the pruned net does
-    not equal the masked one.
+    read more than once (a DataLoader, a list) of tensors or (inputs, targets) pairs; only criteria that use
+    labels need targets. Exactly one target is given: `ratio` of prunable channels removed, or the share of
+    the base's MACs, parameters or latency to keep, the latter by `latency_table` (or a file of one that
+    `sepress profile` wrote), or else timed on this machine. With `compensate`, layers that read what goes
+    are refitted on the same inputs; batch norm always is. With `eca_neighbours`, channels that an ECA gate
+    convolves along go too, and those left become neighbours. Fine-tuning is yours. Raises InputError for
+    what can't be used, CheckError where the pruned net does not equal the masked one.
 
     >>> import sepress, torch
     >>> net = sepress.build("sepress:se_resnet8", in_chans=1)
@@ -273,18 +292,18 @@ def prune(
         round_to=round_to,
         min_width=min_width,
         gated_only=gated_only,
+        eca_neighbours=eca_neighbours,
         frozen=tuple(frozen),
         overrides=dict(overrides or {}),
     )
     check_policy(policy)
     get_criterion(criterion)
-    given = as_table(latency_table)
-    batches = as_batches(calibration, batch_size)
+    given, batches = as_table(latency_table), as_batches(calibration, batch_size)
     place = resolve_device(device)
     with seeded(seed):
         base = copy.deepcopy(net).to(place).eval()
         images = first_images(batches, CHECK_IMAGES).to(place)
-        coupling = trace(base, images[:1])
+        coupling = trace(base, images[:1], eca_neighbours=eca_neighbours)
         ranking, stats = rank_channels(
             base, coupling, batches, criterion=criterion, compensate=compensate, device=place, seed=seed
         )

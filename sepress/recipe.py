@@ -249,6 +249,7 @@ class PruneStage(Settings):
     round_to: Count = Policy.round_to
     min_width: Count = Policy.min_width
     gated_only: bool = Policy.gated_only
+    eca_neighbours: bool = Policy.eca_neighbours
     frozen: tuple[Annotated[str, Field(min_length=1)], ...] = ()  # patterns of group names
     overrides: dict[Annotated[str, Field(min_length=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         default_factory=dict  # pattern -> ratio

@@ -141,8 +141,7 @@ def rank_stage(job: Job, settings: Any) -> StageRecord:
 def prune_stage(job: Job, settings: Any) -> StageRecord:
     """Rank, plan, cut, check, recalibrate: nothing is written before the check has passed."""
     parent = job.newest
-    coupling = job.coupling()
-    given = None if settings.plan is None else _read_plan(Path(settings.plan), coupling)
+    coupling, given = _coupling_and_plan(job, settings)
     table = _given_table(settings, coupling)
     criterion = settings.criterion if given is None else "random"  # a plan was judged before: no score counts
     judged = judge(
@@ -411,7 +410,7 @@ def profile_model(recipe: Recipe, *, batch: int, threads: int, out: Path) -> Lat
     bundle = load_base(recipe, weights="none")
     image = torch.zeros(1, *bundle.spec.preprocessing.input_size)
     with seeded(recipe.seed):
-        coupling = trace(bundle.net, image)
+        coupling = trace(bundle.net, image, eca_neighbours=True)  # whatever may go
         example = image.expand(batch, *image.shape[1:]).contiguous()
         table = profile_latency(bundle.net, coupling, example, threads=threads, seed=recipe.seed)
     write_json(out, table.to_json())
@@ -538,7 +537,7 @@ def _check_plannable(recipe: Recipe) -> None:
 
 def _dry_run(job: Job) -> Outcome:
     settings = next(stage for stage in job.recipe.stages if stage.kind == "prune")
-    coupling = job.coupling()
+    coupling = job.coupling(eca_neighbours=settings.eca_neighbours)
     table = _given_table(settings, coupling)
     judged = judge(job, job.newest.net, coupling, settings.criterion, settings.calibration_images)
     table, aimed = _table_for(job, settings, judged, table)
@@ -697,15 +696,22 @@ def _ranking_json(job: Job, ranking: Ranking) -> dict[str, JSON]:
     return {"schema": RANKING_SCHEMA, "trained": job.spec.trained, **asdict(ranking)}
 
 
-def _read_plan(path: Path, coupling: Coupling) -> PruningPlan:
-    """Read a plan and hold it to the net, before anything is measured for it."""
+def _coupling_and_plan(job: Job, settings: Any) -> tuple[Coupling, PruningPlan | None]:
+    """Trace as the stage's policy says, or that of the plan it names, which is held to the net at once."""
+    if settings.plan is None:
+        return job.coupling(eca_neighbours=settings.eca_neighbours), None
+    plan = _read_plan(Path(settings.plan))
+    coupling = job.coupling(eca_neighbours=plan.policy.eca_neighbours)
+    check_plan(plan, coupling)
+    return coupling, plan
+
+
+def _read_plan(path: Path) -> PruningPlan:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} can't be read: {error}", remedy="Pass a plan.json of sepress.") from error
-    plan = plan_from_json(value)
-    check_plan(plan, coupling)
-    return plan
+    return plan_from_json(value)
 
 
 def _given_table(settings: Any, coupling: Coupling) -> LatencyTable | None:

@@ -252,6 +252,7 @@ class Policy:
     round_to: int = 8  # ORT's blocked layout; tensor cores
     min_width: int = 8
     gated_only: bool = False
+    eca_neighbours: bool = False  # channels along which a convolution runs may go: see coupling.trace
     frozen: tuple[str, ...] = ()  # patterns (fnmatch) of group names
     overrides: Mapping[str, float] = field(default_factory=dict)  # pattern -> ratio
 

@@ -357,6 +357,58 @@ def agreement(a: Scores, b: Scores) -> tuple[float, float]:
     return float(np.mean(rho)), float(np.mean(common))
 
 
+def eca(epochs: int = 8, tuned: int = 2) -> None:
+    """ECA's channels left as neighbours: accuracy of a small ECA-ResNet on digits, with the flag and without.
+
+    Masked: the base with the removed channels zero; removed: without them, nothing else changed, so that the
+    two differ by ECA's neighbours alone. Pruned: refitted and recalibrated, as `sepress.prune` leaves it.
+    """
+    import copy
+
+    import torch
+    from timm.layers import EcaModule
+
+    import sepress
+    from sepress.coupling import apply_removal, trace
+    from sepress.data import DataSpec, open_data
+    from sepress.gates import masking
+    from sepress.models import build_net, build_spec
+    from sepress.train import TrainConfig, evaluate, train
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    cpu = torch.device("cpu")
+    spec = build_spec("sepress:se_resnet8", trained=False, kwargs={"in_chans": 1, "num_classes": 10})
+    net = build_net(spec)
+    for stage in net.stages:  # type: ignore[union-attr]
+        for block in stage:  # type: ignore[union-attr]
+            block.se = EcaModule(block.conv2.out_channels)
+    source = open_data(DataSpec("digits"), preprocessing=spec.preprocessing)
+
+    def right(net: torch.nn.Module) -> float:
+        return 100 * (evaluate(net, source, split="test", device=cpu).top1 or 0)
+
+    train(net, source, config=TrainConfig(epochs=epochs), device=cpu)
+    print(f"base: {right(net):.1f} % of {source.splits['test']} test images")
+    images = torch.stack([image for image, _ in source.calibration(512, seed=0)])
+    print("| asked | flag | MACs kept | masked | removed | pruned | tuned |")
+    print("|---|---|---:|---:|---:|---:|---:|")
+    for target, value in (("ratio", 0.3), ("ratio", 0.5), ("target_macs", 0.5)):
+        for flag in (False, True):
+            asked: dict[str, Any] = {target: value}
+            result = sepress.prune(net, calibration=images, eca_neighbours=flag, round_to=4, **asked)
+            plan, coupling = result.plan, trace(net.eval(), images[:1], eca_neighbours=flag)
+            with masking(net, coupling, plan.removed):
+                masked = right(net)
+            removed = copy.deepcopy(net)
+            apply_removal(removed, coupling, plan.removed)
+            figures = [masked, right(removed), right(result.net)]
+            train(result.net, source, config=TrainConfig(epochs=tuned, lr=0.01), device=cpu, teacher=net)
+            row = " | ".join(f"{figure:.1f}" for figure in (*figures, right(result.net)))
+            kept = plan.macs_after / plan.macs_before
+            print(f"| {target} {value} | {'on' if flag else 'off'} | {kept:.2f} | {row} |", flush=True)
+
+
 def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
@@ -364,7 +416,7 @@ def numbers(text: str) -> list[int]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="what", required=True)
-    for plain in (taps, memory, startup, nets):
+    for plain in (taps, memory, startup, nets, eca):
         commands.add_parser(plain.__name__, help=plain.__doc__).set_defaults(run=plain)
     one = commands.add_parser("calibrate", help="the process that `memory` starts")
     one.add_argument("images", type=int)

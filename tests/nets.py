@@ -365,6 +365,20 @@ class PaddedShortcut(nn.Module):
         return self.head(self.b(x) + F.pad(x, (0, 0, 0, 0, 0, 4)))
 
 
+class ChannelConv(nn.Module):
+    """ECA: a gate from a convolution along the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.along, self.b = conv_bn(3, 8), nn.Conv1d(1, 1, 3, padding=1, bias=False), conv_bn(8, 6)
+        self.head = Head(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        s = self.along(x.mean((2, 3))[:, None]).sigmoid()  # (N, 1, C)
+        return self.head(self.b(x * s.transpose(1, 2)[..., None]).relu())
+
+
 class FlatBank(nn.Module):
     """Conditional convolution as timm has it: sigmoid routing over experts that lie flat, with biases."""
 
@@ -464,6 +478,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "two outputs": TwoOutputs,
     "attention": Attention,
     "padded shortcut": PaddedShortcut,
+    "channel conv": ChannelConv,
     "conditional": Conditional,
     "dynamic": Dynamic,
 }

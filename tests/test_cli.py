@@ -206,9 +206,10 @@ def test_every_example_of_the_help_is_understood(line: str, stages: Stages) -> N
 def test_prune_is_a_recipe_of_stages(stages: Stages) -> None:
     done = call(
         "prune model.pt --ratio 0.3 --criterion l2 --scope global --round-to 4 --min-width 2 --gated-only "
-        "--freeze 'a.*' --freeze b --override 'c=0.1' --override 'd=e=0' --finetune-epochs 2 --data photos "
-        "--allow-corrupt 0.1 --arch timm:resnet18 --trust-pickle --input-size 3,64,32 --mean 0.5 --std 1,2,3 "
-        "--interpolation bicubic --device cpu --seed 3 --threads 2 --require 'top1_drop<=1%' --out there"
+        "--eca-neighbours --freeze 'a.*' --freeze b --override 'c=0.1' --override 'd=e=0' "
+        "--finetune-epochs 2 --data photos --allow-corrupt 0.1 --arch timm:resnet18 --trust-pickle "
+        "--input-size 3,64,32 --mean 0.5 --std 1,2,3 --interpolation bicubic "
+        "--device cpu --seed 3 --threads 2 --require 'top1_drop<=1%' --out there"
     )
     assert done.exit_code == 0, done.output
     (recipe,) = stages.recipes
@@ -229,6 +230,7 @@ def test_prune_is_a_recipe_of_stages(stages: Stages) -> None:
         round_to=4,
         min_width=2,
         gated_only=True,
+        eca_neighbours=True,
         frozen=("a.*", "b"),
         overrides={"c": 0.1, "d=e": 0},
     )

@@ -10,6 +10,7 @@ import nets
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sepress.coupling import Coupling, apply_removal, check_removal, trace
@@ -83,6 +84,23 @@ def test_one_slot_list_shifted_by_one_fails_the_check() -> None:
                 assert set(culprits) <= set(removed)
     assert wrong >= 300
     assert caught == wrong
+
+
+def test_survivors_along_a_convolution_of_channels_become_neighbours_and_pass_the_check() -> None:
+    net, inputs = nets.build("channel conv")
+    coupling = trace(net, inputs, eca_neighbours=True)
+    removed, kept = {"a.0": (1, 2, 6)}, [0, 3, 4, 5, 7]
+    pruned = copy.deepcopy(net)
+    apply_removal(pruned, coupling, removed)
+    a = net.a(inputs).relu()[:, kept]
+    s = F.conv1d(a.mean((2, 3))[:, None], net.along.weight, padding=1).sigmoid()[:, 0, :, None, None]
+    x = net.b[1](F.conv2d(a * s, net.b[0].weight[:, kept], padding=1)).relu()
+    torch.testing.assert_close(pruned(inputs), net.head(x))
+    assert check_removal(net, pruned, coupling, removed, inputs)[0].passed
+    shift = shifted(coupling, 0, 0)  # the first filters go from their places, one further on
+    wrong = copy.deepcopy(net)
+    apply_removal(wrong, shift, removed)
+    assert check_removal(net, wrong, coupling, removed, inputs)[0].passed is False
 
 
 def test_the_first_wrong_layer_names_its_groups() -> None:

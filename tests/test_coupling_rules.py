@@ -271,23 +271,14 @@ def test_what_code_fixes_is_frozen_with_the_reason(function: object, width: int,
     assert reason in str(group.frozen_because)
 
 
-def test_a_convolution_along_channels_is_frozen_with_the_reason() -> None:
-    class Neighbours(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv1d(1, 1, 3, padding=1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            s = self.conv(x.mean((2, 3))[:, None]).sigmoid()
-            return x * s[0, 0, :, None, None]
-
-    class ECA(Custom):
-        def __init__(self) -> None:
-            super().__init__(None)
-            self.function = Neighbours()
-
-    coupling = trace(nets.lively(ECA()), torch.randn(1, 3, 12, 12))
-    assert "along the channel axis" in str(coupling.group("a").frozen_because)
+def test_a_convolution_along_channels_freezes_them_and_names_the_flag_that_lets_them_go() -> None:
+    net, inputs = nets.build("channel conv")
+    assert "--eca-neighbours" in str(trace(net, inputs).group("a.0").frozen_because)
+    coupling = trace(net, inputs, eca_neighbours=True)
+    group = coupling.group("a.0")
+    assert (group.role, group.units, group.frozen_because) == ("gated", 8, None)
+    assert coupling.along_channels == {"a.0": ("along",)}
+    assert trace(net, inputs).count_macs({}) == coupling.count_macs({})
 
 
 def test_a_decision_on_data_names_the_module_and_the_line() -> None:

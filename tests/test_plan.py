@@ -947,6 +947,7 @@ def some_json() -> dict[str, object]:
         (("groups", 0, "evidence"), 3, r"groups\[0\].evidence is '3'"),
         (("policy", "ratio"), 2, "policy is wrong: ratio is 2"),
         (("policy", "gated_only"), 1, "policy.gated_only is '1'"),
+        (("policy", "eca_neighbours"), 1, "policy.eca_neighbours is '1'"),
         (("policy", "scope"), ["global"], "policy is wrong: scope is"),
         (("policy", "frozen"), [7], r"policy.frozen\[0\] is '7'"),
         (("policy", "overrides"), [], "policy.overrides is"),

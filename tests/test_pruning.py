@@ -8,6 +8,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import nets
 import numpy as np
 import pytest
 import torch
@@ -58,6 +59,19 @@ def test_a_ratio_removes_that_share_of_the_channels_and_the_report_counts_what_i
     assert pruned.macs < 0.4 * base.macs
     assert pruned.params == sum(p.numel() for p in result.net.parameters())
     assert result.report.checks["masked_equals_removed"].passed is True
+
+
+def test_eca_channels_go_by_a_flag_and_a_note_says_what_that_changes() -> None:
+    net, inputs = nets.build("channel conv")
+    asked = {"calibration": inputs, "ratio": 0.5, "round_to": 1, "min_width": 1, "criterion": "l2"}
+    without = sepress.prune(net, **asked)
+    assert "a.0" not in without.plan.removed
+    result = sepress.prune(net, eca_neighbours=True, **asked)
+    assert len(result.plan.removed["a.0"]) == 4
+    assert result.report.checks["masked_equals_removed"].passed is True
+    said = [note for note in result.report.notes if note.startswith("eca_neighbours: 1 convolution ")]
+    assert len(said) == 1
+    assert not any(note.startswith("eca_neighbours") for note in without.report.notes)
 
 
 def test_a_macs_target_is_a_share_of_the_base() -> None:

@@ -206,7 +206,8 @@ def _base_figures(net: nn.Module, bench: Bench, seed: int, digest: str) -> BaseF
 
 def _start(net: nn.Module, bench: Bench, seed: int, methods: Sequence[Method]) -> Start:
     """Trace the base, and measure once all that the methods of this seed need."""
-    coupling = trace(net, bench.images(seed)[:1])
+    policy = bench.comparison.policy
+    coupling = trace(net, bench.images(seed)[:1], eca_neighbours=policy.eca_neighbours)
     for method in methods:
         if not method.from_scratch:
             criterion_for(coupling, method.criterion)

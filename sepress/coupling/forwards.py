@@ -29,13 +29,14 @@ class Idle:
     unused: tuple[str, ...] = ()  # they run in neither, or that can't be told
 
 
-def run_tracer(net: nn.Module, inputs: Inputs) -> tuple[Tracer, Idle]:
+def run_tracer(net: nn.Module, inputs: Inputs, *, eca_neighbours: bool = False) -> tuple[Tracer, Idle]:
     """Trace the forwards of one image; InputError where that in eval mode fails or decides on data."""
-    tracer = Tracer(net, BankFinder())
+    tracer = Tracer(net, BankFinder(), eca_neighbours=eca_neighbours)
     with undisturbed(net):
         outputs = run_forward(tracer, net, one_image(inputs))
         while tracer.banks.found:
-            tracer = Tracer(net, BankFinder({**tracer.banks.known, **tracer.banks.found}))
+            banks = BankFinder({**tracer.banks.known, **tracer.banks.found})
+            tracer = Tracer(net, banks, eca_neighbours=eca_neighbours)
             outputs = run_forward(tracer, net, one_image(inputs))
     tracer.ending = tracer.ends.finish(tracer, outputs)
     silent = _silent(tracer)

@@ -133,6 +133,7 @@ class Coupling:
     parameters: frozenset[str]  # which of shapes are parameters
     idle: Idle  # modules that the forward in eval mode does not run
     calls: tuple[str, ...] = field(repr=False)  # function names by call index, to check sites
+    along_channels: Mapping[str, tuple[str, ...]]  # group -> modules that convolve along its channels (ECA)
     _unit_of_slot: np.ndarray = field(repr=False)  # number among the units of all groups, -1: none
     _macs: CostTable = field(repr=False)
     _params: CostTable = field(repr=False)
@@ -475,6 +476,14 @@ class _Builder:
                 found.append(Factor(slots.names[parameter], dim, index, rescaling.width))
         return tuple(found)
 
+    def along_channels(self, groups: list[CouplingGroup]) -> dict[str, tuple[str, ...]]:
+        modules: dict[str, list[str]] = defaultdict(list)
+        for module, ids in self.t.along_channels:
+            for number in np.unique(self.group_of[ids]).tolist():
+                if number >= 0:
+                    modules[groups[number].name].append(module)
+        return {name: tuple(dict.fromkeys(found)) for name, found in modules.items()}
+
     def build(self) -> Coupling:
         groups = self.groups()
         gates = self.gates(groups)
@@ -492,6 +501,7 @@ class _Builder:
             parameters=frozenset(slots.parameters),
             idle=self.idle,
             calls=tuple(self.t.calls[: self.t.ending.calls if self.t.ending else None]),
+            along_channels=self.along_channels(groups),
             _unit_of_slot=unit_of_slot,
             _macs=_cost_table(self.t.products, unit_of_slot, units),
             _params=_cost_table(self.parameter_products(), unit_of_slot, units),
@@ -509,17 +519,19 @@ def _most_common(numbers: np.ndarray) -> int:
     return int(found[counts.argmax()]) if len(found) else -1
 
 
-def trace(net: nn.Module, inputs: Inputs) -> Coupling:
+def trace(net: nn.Module, inputs: Inputs, *, eca_neighbours: bool = False) -> Coupling:
     """Trace one forward of one image in eval mode and return gates, groups, readers and costs.
 
     Where the net has parameters that this forward doesn't take, another in training mode adds what the layers
     that run only there tie together; what runs in neither stays as it is, and `idle` names it.
 
     `inputs` is a tensor (N, ...) or a tuple of them; the first image is used, at its real size. The
-    net is left as it was. Raises InputError where the forward fails or decides on data.
+    net is left as it was. With `eca_neighbours`, channels along which a convolution runs (ECA) may go; those
+    left become neighbours, so that its result is not that of masking. Raises InputError where the forward
+    fails or decides on data.
     """
     net, inputs = traceable(net, inputs)
-    return _Builder(*run_tracer(net, inputs), net).build()
+    return _Builder(*run_tracer(net, inputs, eca_neighbours=eca_neighbours), net).build()
 
 
 def find_gates(net: nn.Module, inputs: Inputs) -> tuple[Gate, ...]:

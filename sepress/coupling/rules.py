@@ -141,6 +141,8 @@ def convolution(t: Tracer, op: Op) -> None:
     x, weight, bias, transposed, groups = op.args[0], op.args[1], op.args[2], op.args[6], op.args[8]
     ids, output = t.ids(x), op.outputs[0]
     out_axis, in_axis = (1, 0) if transposed else (0, 1)
+    if _runs_along_channels(t, op):
+        return along_channels(t, op)
     positions = x.size(0) * (x if transposed else output).shape[2:].numel()  # windows may lie in the batch
     depthwise = groups > 1 and groups == x.size(1) and weight.size(1) == 1
     kind: LayerKind = "pointwise" if weight[0, 0].numel() == 1 else "spatial"
@@ -176,12 +178,42 @@ def convolution(t: Tracer, op: Op) -> None:
         t.add_opaque(output.size(1), why)
     if made is None or why is not None:
         t.write(output, no_ids(output.shape))
-        return
+        return None
     _bias(t, bias, made)
     t.write(output, from_slots(made, 1, output.dim()))
     t.add_producer(op, made, weight, bias)
     if not depthwise:
         t.add_reader(op, x, weight, in_axis, groups, transposed)
+    return None
+
+
+def _runs_along_channels(t: Tracer, op: Op) -> bool:
+    """Whether a kernel slides over channels, one value each in and out."""
+    x, weight, output = op.args[0], op.args[1], op.outputs[0]
+    along = [axis for axis in varying_axes(t.ids(x)) if axis > 1]
+    return (
+        len(along) == 1
+        and not varies(t.ids(x), 1)
+        and t.is_parametric(weight)
+        and weight.shape[:2].numel() == 1
+        and x.shape == output.shape
+    )
+
+
+def along_channels(t: Tracer, op: Op) -> None:
+    """ECA: channel c's value comes from those of c and its neighbours; survivors become neighbours.
+
+    So the result changes with removal, as a norm's statistics do (Wang et al. 2020, ECA-Net, sec. 3.2).
+    """
+    ids, weight, output = t.ids(op.args[0]), op.args[1], op.outputs[0]
+    (axis,) = varying_axes(ids)
+    t.count_macs(output.numel() // output.size(axis) * weight.numel(), t.axis_ids(output, axis))
+    t.write(output, ids)
+    if t.eca_neighbours:
+        op.statistics = True
+        t.along_channels.append((t.module, line(ids, axis)))
+    else:
+        t.freeze(distinct(ids), "convolution along the channel axis (ECA; --eca-neighbours lets them go)")
 
 
 def _is_merged(t: Tracer, weight: Tensor, made: np.ndarray | None) -> bool:

@@ -60,8 +60,9 @@ def _removed_indices(coupling: Coupling, removed: Removed) -> dict[tuple[str, in
     parts: dict[tuple[str, int], list[np.ndarray]] = defaultdict(list)
     for group in coupling.groups:
         units = removed.get(group.name, ())
+        gone = np.isin(np.arange(group.units), units)
         for member in group.members if len(units) else ():
-            indices = member.index[np.isin(member.unit, units)]
+            indices = member.index[gone[member.unit]]
             if len(indices):
                 parts[member.parameter, member.dim].append(indices)
     return {key: np.concatenate(indices) for key, indices in parts.items()}
@@ -70,8 +71,9 @@ def _removed_indices(coupling: Coupling, removed: Removed) -> dict[tuple[str, in
 def _take_out(places: list[Place], dim: int, indices: np.ndarray) -> None:
     """Shrink one parameter or buffer along a dim."""
     old = _held(places)
-    kept = np.setdiff1d(np.arange(old.shape[dim]), indices)
-    data = old.detach().index_select(dim, torch.from_numpy(kept).to(old.device))
+    kept = np.ones(old.shape[dim], dtype=bool)
+    kept[indices] = False
+    data = old.detach().index_select(dim, torch.from_numpy(kept).nonzero().flatten().to(old.device))
     if not old.is_contiguous() and old.dim() in (4, 5):
         data = data.contiguous(
             memory_format=torch.channels_last if old.dim() == 4 else torch.channels_last_3d

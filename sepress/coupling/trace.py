@@ -140,9 +140,11 @@ class Product:
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Interprets every operation on ids beside its real execution; collects facts for groups.py."""
 
-    def __init__(self, net: nn.Module, banks: BankFinder) -> None:
+    def __init__(self, net: nn.Module, banks: BankFinder, *, eca_neighbours: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.banks = banks
+        self.eca_neighbours = eca_neighbours
+        self.along_channels: list[tuple[str, np.ndarray]] = []  # modules that slide over channels, and ids
         self.slots = SlotTable(
             net, {(name, dim): axes for name, flat in banks.known.items() for dim, axes in flat.items()}
         )

@@ -92,13 +92,14 @@ def plan_from_json(value: JSON) -> PruningPlan:
 
 
 _COUNTS = ("macs_before", "macs_after", "params_before", "params_after")
-_POLICY_KEYS = (*TARGETS, "scope", "round_to", "min_width", "gated_only")
+_POLICY_KEYS = (*TARGETS, "scope", "round_to", "min_width", "gated_only", "eca_neighbours")
 
 
 def _policy(value: JSON) -> Policy:
     fields = _fields(value, "policy", (*_POLICY_KEYS, "frozen", "overrides"))
-    if not isinstance(fields["gated_only"], bool):
-        raise _expected("policy.gated_only", "true or false", fields["gated_only"])
+    for name in ("gated_only", "eca_neighbours"):
+        if not isinstance(fields[name], bool):
+            raise _expected(f"policy.{name}", "true or false", fields[name])
     if not isinstance(fields["overrides"], dict) or len(fields["overrides"]) > _MAX_ITEMS:
         raise _expected("policy.overrides", "an object of pattern: ratio", fields["overrides"])
     patterns = _list(fields["frozen"], "policy.frozen")
