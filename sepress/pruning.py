@@ -298,8 +298,11 @@ def prune(
     )
     check_policy(policy)
     get_criterion(criterion)
-    given, batches = as_table(latency_table), as_batches(calibration, batch_size)
-    place = resolve_device(device)
+    given, batches, place = (
+        as_table(latency_table),
+        as_batches(calibration, batch_size),
+        resolve_device(device),
+    )
     with seeded(seed):
         base = copy.deepcopy(net).to(place).eval()
         images = first_images(batches, CHECK_IMAGES).to(place)
