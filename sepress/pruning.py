@@ -298,11 +298,8 @@ def prune(
     )
     check_policy(policy)
     get_criterion(criterion)
-    given, batches, place = (
-        as_table(latency_table),
-        as_batches(calibration, batch_size),
-        resolve_device(device),
-    )
+    given, batches = as_table(latency_table), as_batches(calibration, batch_size)
+    place = resolve_device(device)
     with seeded(seed):
         base = copy.deepcopy(net).to(place).eval()
         images = first_images(batches, CHECK_IMAGES).to(place)
@@ -322,8 +319,7 @@ def prune(
             allow_vacuous=allow_vacuous,
         )
         restore(surgery, base, batches, compensate=compensate, images=recalibration_images, device=place)
-    notes = (*notes, f"calibrated on {stats.images} inputs")
-    report = _api_report(base, surgery, ranking, images[:1], notes=notes)
+    report = _api_report(base, surgery, ranking, images[:1], notes=notes, calibrated=stats.images)
     take_modes(surgery.net, net)
     return PruneResult(net=surgery.net.to(home_of(net)), plan=surgery.plan, ranking=ranking, report=report)
 
@@ -363,7 +359,13 @@ def limited(batches: Iterable[Batch], images: int) -> Iterator[Tensor]:
 
 
 def _api_report(
-    base: nn.Module, surgery: Surgery, ranking: Ranking, example: Tensor, *, notes: Sequence[str]
+    base: nn.Module,
+    surgery: Surgery,
+    ranking: Ranking,
+    example: Tensor,
+    *,
+    notes: Sequence[str],
+    calibrated: int,
 ) -> Report:
     missing = dict.fromkeys(("split", "n", "top1", "top5", "loss"), "no evaluation data in this call")
     missing |= dict.fromkeys(("bytes", "latency_ms", "latency"), "not exported: see sepress.export_onnx")
@@ -383,5 +385,5 @@ def _api_report(
         artifacts=dict.fromkeys(("model", "onnx", "plan", "report")),
         environment=environment(),
         criterion=ranking.criterion,
-        notes=(*ranking.warnings, *surgery.plan.notes, *notes),
+        notes=(*ranking.warnings, *surgery.plan.notes, *notes, f"calibrated on {calibrated} inputs"),
     )
