@@ -322,6 +322,44 @@ class PlainEfficientNet(nn.Module):
 
 
 # ---- poolings, squashes and layouts --------------------------------------------------------------
+class EinsumSE(nn.Module):
+    """Raw weight matrices, einsum throughout, mean over a flattened view."""
+
+    def __init__(self, c: int = 8, r: int = 4) -> None:
+        super().__init__()
+        self.stem = conv3(3, c)
+        self.w1, self.w2 = nn.Parameter(torch.randn(c, r)), nn.Parameter(torch.randn(r, c))
+        self.b1, self.b2 = nn.Parameter(torch.zeros(r)), nn.Parameter(torch.zeros(c))
+        self.head = nn.Linear(c, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        z = torch.einsum("bchw->bc", x) / (x.shape[2] * x.shape[3])
+        z = torch.einsum("bc,cr->br", z, self.w1) + self.b1
+        s = torch.sigmoid(torch.einsum("br,rc->bc", F.gelu(z), self.w2) + self.b2)
+        x = torch.einsum("bchw,bc->bchw", x, s)
+        return self.head(F.relu(x).flatten(2).mean(-1))
+
+
+class EinsumMaps(nn.Module):
+    """1x1 convolutions as einsum over maps, weights first, and as matmul of flat maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.w, self.v = (
+            conv3(3, 8),
+            nn.Parameter(torch.randn(6, 8)),
+            nn.Parameter(torch.randn(10, 6)),
+        )
+        self.se, self.head = SELayer(10), nn.Linear(10, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(torch.einsum("bchw,kc->bkhw", F.relu(self.stem(x)), self.w))
+        n, _, h, w = x.shape
+        x = (self.v @ x.flatten(2)).view(n, -1, h, w)
+        return self.head(self.se(x).mean((2, 3)))
+
+
 class ChannelsLastSE(nn.Module):
     """NHWC inside: Linear layers on the last axis, LayerNorm, a gate on permuted data."""
 
@@ -837,6 +875,8 @@ NETS: dict[str, Sample] = {
     "se before and beside": Sample(IdentitySENet, 2),
     "mobilenetv3 in sequentials": Sample(MobileV3, 3),
     "efficientnet port": Sample(PlainEfficientNet, 2, (3, 13, 13)),
+    "einsum": Sample(EinsumSE, 1),
+    "einsum over maps": Sample(EinsumMaps, 1),
     "channels last": Sample(ChannelsLastSE, 1),
     "bn inside": Sample(NormedSE, 1),
     "cbam": Sample(AvgMaxGate, 1),

@@ -8,7 +8,7 @@ what it touches, with its name as the reason.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -325,6 +325,8 @@ def batched_product(t: Tracer, op: Op) -> None:
     a, b = (op.args[1], op.args[2]) if op.name == "baddbmm" else (op.args[0], op.args[1])
     if t.banks.is_bank(t, b) and not t.is_parametric(a) and len(b) == 1:
         return mixed_by_product(t, op, a[0], b[0])
+    if len(a) == 1 and t.is_parametric(a) != t.is_parametric(b) and op.name == "bmm":
+        return _layer_in_a_batch(t, op, a[0], b[0])
     t.count_macs(1, *(t.axis_ids(a, axis) for axis in range(3)), t.axis_ids(b, 2))
     if t.is_parametric(a) or t.is_parametric(b):
         _freeze_layer(t, no_ids(()), [a, b], "a batched product with a parameter")
@@ -333,6 +335,14 @@ def batched_product(t: Tracer, op: Op) -> None:
         layers = [join(t, [layers[0], t.ids(op.args[0])]), *layers[1:]]
     t.write(op.outputs[0], *layers)
     return None
+
+
+def _layer_in_a_batch(t: Tracer, op: Op, a: Tensor, b: Tensor) -> None:
+    """x @ w, or w @ x, in a batch of one: how einsum writes a linear layer of images or of maps."""
+    x, weight, output = a, b, op.outputs[0][0]
+    if t.is_parametric(a):
+        x, weight, output = b.t(), a.t(), output.t()
+    matrix_product(t, replace(op, name="mm", args=(x, weight), inputs=[x, weight], outputs=[output]))
 
 
 # ---- weights mixed from a bank (see banks.py) ---------------------------------------------------

@@ -76,7 +76,7 @@ def _plain_l2(net: nn.Module, group: CouplingGroup) -> np.ndarray:
     for member in group.members:
         if member.parameter in parameters:
             w = parameters[member.parameter].detach().cpu().double().square()
-            energy = w.movedim(member.dim, 0).flatten(1).sum(1).numpy()
+            energy = w.movedim(member.dim, 0).reshape(w.size(member.dim), -1).sum(1).numpy()
             total += per_unit(group, member.unit, energy[member.index])
     return total / total.mean() if total.mean() > 0 else total
 
