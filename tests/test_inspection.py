@@ -131,6 +131,13 @@ def test_no_line_is_wider_than_the_terminal_and_no_word_is_lost(width: int, full
     assert sorted(shown.split()) == sorted(whole.split())
 
 
+def test_names_of_gates_stay_whole_in_sixty_columns() -> None:
+    found = inspect_bundle(load_model("timm:mobilenetv3_small_050", weights="none"))
+    lines = [line.split() for line in text(found, 60).splitlines()]
+    named = [line[0] for line in lines if line and line[0].startswith("blocks") and line[0].endswith(".se")]
+    assert named == ["blocks.0.0.se", "blocks.2.*.se", "blocks.3.*.se", "blocks.4.*.se"]
+
+
 @pytest.mark.parametrize("name", ["haloregnetz_b", "efficientnet_b0"])
 def test_a_net_of_any_size_takes_one_screen_and_the_full_form_names_every_group_and_gate(name: str) -> None:
     found = inspect_bundle(load_model(f"timm:{name}", weights="none"))

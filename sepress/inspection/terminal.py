@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sepress.inspection import Inspection
 
 GATES, FROZEN, COSTLY = 7, 3, 4  # rows of the short form
+WHOLE_NAMES = 20  # letters of a gate's name beside which 60 columns hold all else
 PLACES = 3  # patterns of names given as examples in a line
 _ROLES: tuple[Role, ...] = get_args(Role)
 
@@ -94,6 +95,7 @@ def _gates(inspection: Inspection, full: bool) -> Iterator[RenderableType]:
     rows = {name: [name] for name in gates} if full else fold(gates, most=GATES)
     frozen = {group.name for group in inspection.coupling.groups if group.role == "frozen"}
     table = _table("Where", ">Gates", ">Channels", "Kind", "Judges")
+    table.columns[0].no_wrap = max(map(len, rows)) <= WHOLE_NAMES
     for pattern, names in _first(rows, None if full else GATES):
         here = [gates[name] for name in names]
         table.add_row(
