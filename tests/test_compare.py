@@ -150,6 +150,20 @@ def test_methods_are_read_before_anything_is_loaded() -> None:
         stages.compare_model(recipe, methods=["magic"], seeds=[0])
 
 
+def test_methods_that_judge_by_gates_need_a_net_with_gates(digits: DataSource, tmp_path: Path) -> None:
+    overrides = {"input_size": (1, 12, 12), "mean": (0.5,), "std": (0.25,)}
+    kwargs = {"in_chans": 1}
+    spec = build_spec("timm:resnet10t", num_classes=10, kwargs=kwargs, overrides=overrides, trained=False)
+    plain = make_bundle(build_net(spec), spec, lineage={})
+    methods = (Method("random"), Method("mean-excitation"))
+    with pytest.raises(InputError, match="'mean-excitation' judges channels by their gates"):
+        compare([plain], digits, replace(COMPARISON, methods=methods), out=tmp_path, device=CPU)
+    assert (
+        CompareFolder(tmp_path, replace(COMPARISON, methods=methods), data=digits.fingerprint).cells.rows
+        == []
+    )
+
+
 def test_scratch_needs_a_base_whose_training_is_known() -> None:
     recipe = load_recipe_of("sepress:se_resnet8", random_weights=True, kwargs={"in_chans": 1})
     with pytest.raises(InputError, match="how the base was trained is not known"):
