@@ -231,7 +231,7 @@ def test_a_process_that_dies_or_hangs_is_its_architectures_result(
 def test_what_is_known_is_not_examined_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     examined: list[str] = []
 
-    def examine(of: zoo_checks.Architecture, folder: Path) -> zoo_checks.Result:
+    def examine(of: zoo_checks.Architecture, folder: Path, *, exporter: str) -> zoo_checks.Result:
         examined.append(of.reference)
         return zoo_checks.Result(of.reference, of.section, {"traced": "why"}, kinds=("scale sigmoid",))
 

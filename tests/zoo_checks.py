@@ -379,22 +379,31 @@ class Examination:
 
     def exported(self) -> float | None:
         """The file takes any batch; one image where a forward fixes it or, as detectors, gives a list."""
-        path, example, fixed = self.folder / "pruned.onnx", self.images[:1], isinstance(self.net, DETECTORS)
-        assert self.exporter is not None
+        path, fixed = self.folder / "pruned.onnx", isinstance(self.net, DETECTORS)
         try:
-            export_onnx(
-                self.cut.net, path, example=example, exporter=self.exporter, batch=1 if fixed else None
-            )
+            self._export(path, batch=1 if fixed else None)
         except SepressError as error:
             if fixed or "batch" not in str(error):
                 raise
             fixed = True
-            export_onnx(self.cut.net, path, example=example, exporter=self.exporter, batch=1)
+            self._export(path, batch=1)
         if fixed:
             self._note(notes=(*self.result.notes, "ONNX of one image at a time"))
         check = check_onnx_parity(self.cut.net, path, self.images)
         assert check.passed, f"{check.reason}"
         return check.relative_error
+
+    def _export(self, path: Path, *, batch: int | None) -> None:
+        """By the exporter asked for; the default one takes what that can't."""
+        assert self.exporter is not None
+        net, example = self.cut.net, self.images[:1]
+        try:
+            export_onnx(net, path, example=example, exporter=self.exporter, batch=batch)
+        except SepressError:
+            if self.exporter == "dynamo":
+                raise
+            export_onnx(net, path, example=example, exporter="dynamo", batch=batch)
+            self._note(notes=(*self.result.notes, "ONNX by the default exporter"))
 
 
 def assert_as_planned(surgery: Surgery, coupling: Coupling) -> None:
