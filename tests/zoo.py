@@ -313,11 +313,12 @@ def _markdown(results: Sequence[Result]) -> str:
     parts = [
         "# Every architecture",
         f"{date.today():%Y-%m-%d}; {said}; one core an architecture, random weights, noise for images. "
-        f"{len(results)} of {len(architectures())} architectures; `pytest -m zoo` makes this table, as of the code that was there when it ran.",
+        f"{len(results)} of {len(architectures())} architectures; `pytest -m zoo` makes this table.",
         "Each is pruned twice (30 % of the channels; half the MACs), compared with its masked self, counted, "
         "run with 1 and 3 images and at another size, trained by a step, saved and loaded, pruned again, "
         f"exported ({EXPORTER}, or where a note says so the default exporter). Shares are of output "
-        "channels of convolutions and linear layers, network outputs apart; seconds and MB are of trace, plan, surgery and verification.",
+        "channels of convolutions and linear layers, network outputs apart; seconds and MB are of trace, plan, "
+        "surgery and verification.",
     ]
     for section in SECTIONS:
         chosen = [result for result in results if result.section == section]
