@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from sepress import console
-from sepress.calibrate import ExcitationStats, calibrate
+from sepress.calibrate import ExcitationStats, calibrate, split_batch
 from sepress.costs import LatencyTable, as_table, predictor
 from sepress.coupling import Coupling, apply_removal, check_removal, trace
 from sepress.criteria import criterion_for, get_criterion, rank
 from sepress.defaults import CRITERION, RECALIBRATION_IMAGES, REFIT_PASSES
 from sepress.device import home_of, resolve_device, seeded
 from sepress.errors import CheckError, InputError
-from sepress.measure import count_macs, count_params, environment
+from sepress.measure import Inputs, count_macs, count_params, environment
 from sepress.modes import take_modes
 from sepress.plan import Count, check_plan, check_policy, plan_pruning
 from sepress.profile import table_for
@@ -45,7 +45,7 @@ CHECK_IMAGES = 8  # enough for a spread over images; the check runs them one by 
 JOINED_BATCH = 32  # what batches of single images are joined to for batch-norm statistics
 MAX_REPLANS = 8  # each freezes what a failed check named; nets met so far need none
 
-Batch = Any  # a tensor of inputs, or (inputs, targets)
+Batch = Any  # a tensor of inputs, several of them, or (inputs, targets): see calibrate.split_batch
 
 
 @dataclass(frozen=True)
@@ -68,32 +68,48 @@ class PruneResult:
     report: Report
 
 
-def first_images(batches: Iterable[Batch], count: int) -> Tensor:
-    """Return the first `count` inputs of the batches, (n, ...) with n <= count; InputError on none."""
-    taken: list[Tensor] = []
+def first_inputs(batches: Iterable[Batch], count: int) -> tuple[Tensor, ...]:
+    """Return the first `count` inputs of the batches, a tensor (n, ...) for each argument that the net takes.
+
+    n <= count; InputError on none.
+    """
+    taken: list[tuple[Tensor, ...]] = []
     missing = count
     for batch in batches:
-        inputs = inputs_of(batch)[:missing]
-        taken.append(inputs)
-        missing -= len(inputs)
+        arguments = tuple(x[:missing] for x in arguments_of(batch))
+        taken.append(arguments)
+        missing -= len(arguments[0])
         if missing <= 0:
             break
-    if not taken or not len(taken[0]):
+    if not taken or not len(taken[0][0]):
         raise InputError(
             "the calibration set holds no image", remedy="Pass at least one batch; 256 to 1,024 are usual."
         )
-    return torch.cat(taken)
+    return tuple(torch.cat(parts) for parts in zip(*taken, strict=True))
 
 
-def inputs_of(batch: Batch) -> Tensor:
-    """Return the input tensor (N, ...) of a batch that is inputs, or (inputs, targets)."""
-    inputs = batch[0] if isinstance(batch, tuple | list) else batch
-    if not isinstance(inputs, Tensor):
+def first_images(batches: Iterable[Batch], count: int) -> Tensor:
+    """As `first_inputs`, where only nets of one input will do: (n, ...); InputError for several."""
+    arguments = first_inputs(batches, count)
+    if len(arguments) > 1:
         raise InputError(
-            f"a calibration batch is a {type(inputs).__name__}, not a tensor",
-            remedy="Pass a tensor (N, C, H, W), or an iterable of tensors or (inputs, targets) pairs.",
+            f"the calibration set holds {len(arguments)} inputs for each image; only one can be used here",
+            remedy="Nets of several inputs can be traced, pruned (sepress.prune) and exported.",
         )
-    return inputs
+    return arguments[0]
+
+
+def arguments_of(batch: Batch) -> tuple[Tensor, ...]:
+    """Return what a batch calls the net with, tensors (N, ...); see calibrate.split_batch."""
+    inputs, _ = split_batch(batch)
+    arguments = inputs if isinstance(inputs, tuple) else (inputs,)
+    for x in arguments:
+        if not isinstance(x, Tensor):
+            raise InputError(
+                f"a calibration batch is a {type(x).__name__}, not a tensor",
+                remedy="Pass a tensor (N, C, H, W), or an iterable of tensors or (inputs, targets) pairs.",
+            )
+    return arguments
 
 
 def rank_channels(
@@ -123,7 +139,7 @@ def prune_channels(
     ranking: Ranking,
     how: Policy | PruningPlan,
     *,
-    images: Tensor,
+    images: Inputs,
     latency: Count | None = None,
     moments: ExcitationStats | None = None,
     allow_vacuous: bool = False,
@@ -172,6 +188,7 @@ def prune_channels(
     if refits is not None:
         plan = replace(plan, notes=(*plan.notes, *refits.notes()))
     plan = replace(plan, notes=(*plan.notes, *_neighbour_notes(coupling, plan)))
+    plan = replace(plan, notes=tuple(dict.fromkeys((*plan.notes, *coupling.idle.notes()))))
     return Surgery(pruned, plan, coupling, check)
 
 
@@ -268,12 +285,11 @@ def prune(
 ) -> PruneResult:
     """Prune a net by what its channels do on calibration inputs; the net given is left as it was.
 
-    `calibration` is a tensor of inputs (N, C, H, W; also 3- or 5-dimensional), or an iterable that can be
-    read more than once (a DataLoader, a list) of tensors or (inputs, targets) pairs; only criteria that use
-    labels need targets. Exactly one target is given: `ratio` of prunable channels removed, or the share of
-    the base's MACs, parameters or latency to keep, the latter by `latency_table` (or a file of one that
-    `sepress profile` wrote), or else timed on this machine. With `compensate`, layers that read what goes
-    are refitted on the same inputs; batch norm always is. With `eca_neighbours`, channels that an ECA gate
+    `calibration` is what `as_batches` takes: a tensor of inputs (N, C, H, W; also 3- or 5-dimensional), a tuple
+    of several inputs, or batches. Exactly one target is given: `ratio` of prunable channels removed, or the
+    share of the base's MACs, parameters or latency to keep, the latter by `latency_table` (or a file of one
+    that `sepress profile` wrote), or else timed here. With `compensate`, layers that read what goes are
+    refitted on the same inputs; batch norm always is. With `eca_neighbours`, channels that an ECA gate
     convolves along go too, and those left become neighbours. Fine-tuning is yours. Raises InputError for
     what can't be used, CheckError where the pruned net does not equal the masked one.
 
@@ -302,12 +318,12 @@ def prune(
     place = resolve_device(device)
     with seeded(seed):
         base = copy.deepcopy(net).to(place).eval()
-        images = first_images(batches, CHECK_IMAGES).to(place)
-        coupling = trace(base, images[:1], eca_neighbours=eca_neighbours)
+        images = tuple(x.to(place) for x in first_inputs(batches, CHECK_IMAGES))
+        coupling = trace(base, images, eca_neighbours=eca_neighbours)
         ranking, stats = rank_channels(
             base, coupling, batches, criterion=criterion, compensate=compensate, device=place, seed=seed
         )
-        table, notes = table_for(base, coupling, ranking, policy, images[:1], given=given)
+        table, notes = table_for(base, coupling, ranking, policy, images, given=given)
         surgery = prune_channels(
             base,
             coupling,
@@ -319,13 +335,21 @@ def prune(
             allow_vacuous=allow_vacuous,
         )
         restore(surgery, base, batches, compensate=compensate, images=recalibration_images, device=place)
-    report = _api_report(base, surgery, ranking, images[:1], notes=notes, calibrated=stats.images)
+    report = _api_report(base, surgery, ranking, images, notes=notes, calibrated=stats.images)
     take_modes(surgery.net, net)
     return PruneResult(net=surgery.net.to(home_of(net)), plan=surgery.plan, ranking=ranking, report=report)
 
 
 def as_batches(calibration: Tensor | Iterable[Batch], batch_size: int) -> Iterable[Batch]:
-    """Return something that yields batches each time it is iterated over."""
+    """Return something that yields batches each time it is iterated over.
+
+    `calibration` is a tensor of inputs; a tuple of tensors of one length, which is (inputs, targets) or several
+    inputs; or an iterable that can be read more than once (a DataLoader, a list) of such batches. Only
+    criteria that use labels need targets. Where a forward goes through its images one by one (torchvision's
+    detectors), batches must hold one.
+    """
+    if isinstance(calibration, tuple) and len({len(x) for x in calibration if isinstance(x, Tensor)}) == 1:
+        return list(zip(*(torch.split(x, batch_size) for x in calibration), strict=True))
     if isinstance(calibration, Tensor):
         if not 3 <= calibration.dim() <= 5:
             raise InputError(
@@ -341,28 +365,40 @@ def as_batches(calibration: Tensor | Iterable[Batch], batch_size: int) -> Iterab
     return calibration
 
 
-def limited(batches: Iterable[Batch], images: int) -> Iterator[Tensor]:
-    """Yield the first `images` inputs, small batches of one shape joined: norms need more than one image."""
-    held: list[Tensor] = []
+def limited(batches: Iterable[Batch], images: int) -> Iterator[Batch]:
+    """Yield the first `images` inputs, small batches of one shape joined: norms need more than one image.
+
+    A batch is a tensor, or a tuple of them where the net takes several.
+    """
+    held: list[tuple[Tensor, ...]] = []
     left = images
     for batch in batches:
-        inputs = inputs_of(batch)[:left]
-        left -= len(inputs)
-        if held and (held[0].shape[1:] != inputs.shape[1:] or sum(map(len, held)) >= JOINED_BATCH):
-            yield torch.cat(held)
+        arguments = tuple(x[:left] for x in arguments_of(batch))
+        left -= len(arguments[0])
+        if held and (_shapes(held[0]) != _shapes(arguments) or sum(len(h[0]) for h in held) >= JOINED_BATCH):
+            yield _joined(held)
             held = []
-        held.append(inputs)
+        held.append(arguments)
         if left <= 0:
             break
     if held:
-        yield torch.cat(held)
+        yield _joined(held)
+
+
+def _shapes(arguments: tuple[Tensor, ...]) -> list[torch.Size]:
+    return [x.shape[1:] for x in arguments]
+
+
+def _joined(batches: list[tuple[Tensor, ...]]) -> Batch:
+    joined = tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
+    return joined[0] if len(joined) == 1 else (joined, None)
 
 
 def _api_report(
     base: nn.Module,
     surgery: Surgery,
     ranking: Ranking,
-    example: Tensor,
+    example: Inputs,
     *,
     notes: Sequence[str],
     calibrated: int,

@@ -150,6 +150,36 @@ def test_a_net_of_an_image_and_a_vector_is_traced_pruned_checked_and_exported(tm
     assert all(p.grad is not None for p in pruned.parameters())
 
 
+def test_prune_takes_several_inputs_as_a_tuple_or_as_batches_of_tuples() -> None:
+    net = nets.lively(WithMetadata())
+    images, metadata = IMAGES.repeat(6, 1, 1, 1) + torch.randn(24, 1, 1, 1), torch.randn(24, 7)
+    whole = sepress.prune(net, calibration=(images, metadata), ratio=0.3, min_width=2, batch_size=8)
+    assert whole.report.checks["masked_equals_removed"].passed
+    assert whole.net.head.in_features < 24
+    assert whole.report.measurements[1].macs == whole.plan.macs_after
+    batches = list(zip(images.split(8), metadata.split(8), strict=True))
+    assert sepress.prune(net, calibration=batches, ratio=0.3, min_width=2).plan == whole.plan
+
+
+def test_a_tuple_of_inputs_and_labels_is_one_batch() -> None:
+    net = nets.lively(nets.Residual(se=True))
+    labels = torch.arange(4)
+    result = sepress.prune(
+        net, calibration=(IMAGES, labels), ratio=0.3, min_width=2, criterion="fisher", compensate=False
+    )
+    assert result.plan.criterion == "fisher"
+
+
+def test_what_takes_only_images_says_so_of_several_inputs() -> None:
+    net = nets.lively(WithMetadata())
+    with pytest.raises(InputError, match="2 inputs for each image"):
+        sepress.fold(net, calibration=(IMAGES, METADATA))
+    with pytest.raises(InputError, match="takes 2 inputs"):
+        sepress.prune(net, calibration=(IMAGES, METADATA), target_latency=0.5)
+    with pytest.raises(InputError, match="missing 1 required positional argument"):
+        sepress.prune(net, calibration=IMAGES, ratio=0.3)
+
+
 # ---- recomputed and random layers -------------------------------------------------------------------
 class Recomputed(nn.Module):
     def __init__(self, *, reentrant: bool, always: bool) -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import sepress
 from sepress.coupling import Coupling, apply_removal, check_removal, trace
 
 IMAGES = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(1))
@@ -165,6 +166,18 @@ def test_modules_that_run_in_neither_mode_stay_and_are_named() -> None:
     assert coupling.idle.training == ()
     pruned, _ = remove_third(net, coupling)
     assert pruned.backbone.classifier[0].weight.shape == (4, 6)
+
+
+def test_a_plan_says_what_runs_in_training_only_and_what_never_runs() -> None:
+    result = sepress.prune(nets.lively(Auxiliary()), calibration=IMAGES, ratio=0.3, min_width=2)
+    assert "Runs in training only, and was cut with what it reads: depthwise, aux, norm, aux_head." in (
+        result.plan.notes
+    )
+    result = sepress.prune(nets.lively(Unused()), calibration=IMAGES, ratio=0.3, min_width=2)
+    assert (
+        "No forward uses these parameters, so they stay as they are: backbone.classifier, the net itself."
+        in (result.plan.notes)
+    )
 
 
 def test_a_loss_inside_the_forward_hides_no_layer_before_it() -> None:

@@ -28,6 +28,18 @@ class Idle:
     training: tuple[str, ...] = ()  # they run in training mode
     unused: tuple[str, ...] = ()  # they run in neither, or that can't be told
 
+    def notes(self) -> tuple[str, ...]:
+        """What a plan says of them."""
+        notes = []
+        if self.training:
+            notes.append(
+                f"Runs in training only, and was cut with what it reads: {', '.join(self.training)}."
+            )
+        if self.unused:
+            names = ", ".join(name or "the net itself" for name in self.unused)
+            notes.append(f"No forward uses these parameters, so they stay as they are: {names}.")
+        return tuple(notes)
+
 
 def run_tracer(net: nn.Module, inputs: Inputs, *, eca_neighbours: bool = False) -> tuple[Tracer, Idle]:
     """Trace the forwards of one image; InputError where that in eval mode fails or decides on data."""

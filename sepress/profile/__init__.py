@@ -22,7 +22,7 @@ from sepress.costs import LatencyTable, predictor
 from sepress.coupling import Coupling, apply_removal
 from sepress.errors import InputError, SepressError
 from sepress.export import Exporter, export_onnx
-from sepress.measure import cpu_model
+from sepress.measure import Inputs, cpu_model
 from sepress.plan import plan_pruning
 from sepress.profile.fitting import Sample, fit_overhead, fit_table
 from sepress.profile.operators import assign, profile_files
@@ -185,18 +185,25 @@ def table_for(
     coupling: Coupling,
     ranking: Ranking,
     policy: Policy,
-    example: Tensor,
+    inputs: Inputs,
     *,
     given: LatencyTable | None,
 ) -> tuple[LatencyTable | None, tuple[str, ...]]:
     """The table that a policy is planned by, and notes of it: the given one; else, for a target in latency,
-    one timed on this machine and aimed at it (`aim_table`); else None, for the coarse one.
+    one timed on this machine and aimed at it (`aim_table`); else None, for the coarse one. Of `inputs`, what
+    the net takes, the first image is timed; InputError where it takes several.
     """
     if given is not None:
         on = ", ".join(str(given.conditions[key]) for key in ("provider", "cpu") if key in given.conditions)
         return given, (f"latency is planned for by a given table ({on})",)
     if policy.target_latency is None:
         return None, ()
+    if isinstance(inputs, tuple) and len(inputs) > 1:
+        raise InputError(
+            f"the net takes {len(inputs)} inputs, and layers are timed on nets of one",
+            remedy="Pass a latency table, or a target in MACs or parameters.",
+        )
+    example = (inputs[0] if isinstance(inputs, tuple) else inputs)[:1]
     console.log("no latency table is given: timing this net's layers on this machine")
     table = profile_latency(net, coupling, example)
     table, note = aim_table(net, coupling, ranking, policy, example, table=table)
