@@ -286,12 +286,12 @@ def prune(
     """Prune a net by what its channels do on calibration inputs; the net given is left as it was.
 
     `calibration` is a tensor of inputs (N, C, H, W; also 3- or 5-dimensional), (inputs, targets), a tuple of
-    several inputs, or an iterable of such (see `as_batches`). Exactly one target is given: `ratio` of prunable channels removed, or the
-    share of the base's MACs, parameters or latency to keep, the latter by `latency_table` (or a file of one
-    that `sepress profile` wrote), or else timed here. With `compensate`, layers that read what goes are
-    refitted on the same inputs; batch norm always is. With `eca_neighbours`, channels that an ECA gate
-    convolves along go too, and those left become neighbours. Fine-tuning is yours. Raises InputError for
-    what can't be used, CheckError where the pruned net does not equal the masked one.
+    several inputs, or an iterable of such (see `as_batches`). Exactly one target is given: `ratio` of
+    prunable channels removed, or the share of the base's MACs, parameters or latency to keep, the latter by
+    `latency_table` (or a file of one that `sepress profile` wrote), or else timed here. With `compensate`,
+    layers that read what goes are refitted on the same inputs; batch norm always is. With `eca_neighbours`,
+    channels that an ECA gate convolves along go too, and those left become neighbours. Fine-tuning is yours.
+    Raises InputError for what can't be used, CheckError where pruned and masked nets are not equal.
 
     >>> import sepress, torch
     >>> net = sepress.build("sepress:se_resnet8", in_chans=1)
@@ -343,8 +343,8 @@ def prune(
 def as_batches(calibration: Tensor | Iterable[Batch], batch_size: int) -> Iterable[Batch]:
     """Return something that yields batches each time it is iterated over.
 
-    `calibration` is a tensor of inputs; a tuple of tensors of one length, (inputs, targets) or several inputs;
-    or an iterable that can be read more than once (a DataLoader, a list) of such batches. Only
+    `calibration` is a tensor of inputs; a tuple of tensors of one length, (inputs, targets) or several
+    inputs; or an iterable that can be read more than once (a DataLoader, a list) of such batches. Only
     criteria that use labels need targets. Where a forward goes through its images one by one (torchvision's
     detectors), batches must hold one.
     """
