@@ -317,7 +317,7 @@ def _markdown(results: Sequence[Result]) -> str:
         "Each is pruned twice (30 % of the channels; half the MACs), compared with its masked self, counted, "
         "run with 1 and 3 images and at another size, trained by a step, saved and loaded, pruned again, "
         f"exported ({EXPORTER}, or where a note says so the default exporter). Shares are of output "
-        "channels of convolutions and linear layers, network outputs apart; seconds and MB are of trace, plan, "
+        "channels of convolutions and linear layers, network outputs apart; seconds and MB of trace, plan, "
         "surgery and verification.",
     ]
     for section in SECTIONS:
