@@ -52,7 +52,7 @@ _WHY = {
     "* over positions of several channels": _OTHERS,
     "a norm over other axes": _OTHERS,
     "attention scaled by its head width": "a narrower head would be scaled by another number",
-    "convolution along the channel axis": "it mixes neighbours, and survivors would get others",
+    "convolution along the channel axis*": "it mixes neighbours, and survivors would get others",
     "a channel picked by its position": _POSITION,
     "channels picked by stored positions (*)": _POSITION,
     "ordered by value (*)": "the order of the others changes where one is missing",
