@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 
 import nets
@@ -125,6 +126,14 @@ class OwnWeight(Separate):
         return super().query(x * self.q.weight.square().mean())
 
 
+class Computed(Separate):
+    """A scale computed from a stored width."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = self.query(x), self.split(self.k(x)), self.split(self.v(x))
+        return (q @ k.transpose(-2, -1) / math.sqrt(self.width)).softmax(-1) @ v
+
+
 class Mixed(Separate):
     """A scale of its own in one of two attentions."""
 
@@ -207,6 +216,27 @@ def test_queries_that_are_not_one_layer_s_alone_keep_their_width(kind: type[nn.M
     group = coupling.group(head_width(coupling))
     assert group.role == "frozen"
     assert "attention scaled by its head width" in str(group.frozen_because)
+
+
+def test_a_scale_computed_from_the_width_keeps_it() -> None:
+    coupling = trace(*build(Computed))
+    assert "computed with as a number" in str(coupling.group("q").frozen_because)
+
+
+def test_torch_s_own_attention_layer_keeps_all_its_widths() -> None:
+    class Torch(Tokens):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.attention = nn.Linear(8, 12), nn.MultiheadAttention(12, 2, batch_first=True)
+
+        def attend(self, x: Tensor) -> Tensor:
+            x = self.inner(x)
+            return self.split(self.attention(x, x, x)[0])
+
+    coupling = trace(*build(Torch))
+    reasons = {group.name: str(group.frozen_because) for group in coupling.groups}
+    for name in ("inner", "attention", "attention.out_proj"):
+        assert "fixed by multi_head_attention_forward" in reasons[name]
 
 
 @pytest.mark.parametrize("kind", [Fused, Separate, Normed])

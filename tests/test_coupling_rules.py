@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import math
+
 import nets
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sepress.coupling import Coupling, trace
+from sepress.coupling import Coupling, apply_removal, check_removal, trace
 from sepress.errors import InputError
 
 Slot = tuple[str, int]
@@ -261,14 +264,48 @@ def test_operations_pass_each_channel_on(function: object, read: list[int]) -> N
         (lambda x: x.roll(1, 1), 8, "picked by stored positions"),
         (lambda x: x.softmax(1), 8, "softmax over channels"),
         (lambda x: x.view(1, 8, 10, 10), 8, "a width written in the code"),
+        (lambda x: x[None].unflatten(2, (8, 1)).flatten(2, 3)[0], 8, "a width written in the code"),
+        (lambda x: x / math.sqrt(x.size(1)), 8, "computed with as a number"),
+        (lambda x: x * x.shape[1] ** -0.5, 8, "computed with as a number"),
+        (lambda x: x * (1 / x.size(1)), 8, "computed with as a number"),
+        (lambda x: x / x.shape[1], 8, "computed with as a number"),
         (lambda x: x * x[:, 3:4], 8, "cut at a position written in the code"),
         (lambda x: F.conv2d(x, torch.ones(8, 1, 3, 3), groups=8), 8, "a weight that is not a parameter"),
     ],
 )
 def test_what_code_fixes_is_frozen_with_the_reason(function: object, width: int, reason: str) -> None:
-    group = custom(function, width).group("a")
-    assert group.role == "frozen"
-    assert reason in str(group.frozen_because)
+    groups = [group for group in custom(function, width).groups if group.producers == ("a",)]
+    frozen = [group for group in groups if group.role == "frozen"]
+    assert sum(group.width for group in groups) == 8
+    assert sum(group.width for group in frozen) == (
+        6 if width == 6 else 8
+    )  # what the number doesn't count is free
+    assert reason in str(frozen[0].frozen_because)
+
+
+@pytest.mark.parametrize(
+    ("function", "width", "held"),  # what the number counts
+    [
+        (lambda x: x[:, :6], 6, [0, 1, 2, 3, 4, 5]),
+        (lambda x: x[:, 5:], 3, [0, 1, 2, 3, 4]),
+        (lambda x: x[:, :-2], 6, [6, 7]),
+        (lambda x: x[:, -3:], 3, [5, 6, 7]),
+        (lambda x: x[:, 2:-3], 3, [0, 1, 5, 6, 7]),
+    ],
+)
+def test_a_cut_at_a_number_holds_what_the_number_counts(
+    function: object, width: int, held: list[int]
+) -> None:
+    net, inputs = nets.lively(Custom(function, width)), torch.randn(2, 3, 12, 12)
+    coupling = trace(net, inputs)
+    frozen = next(g for g in coupling.groups if g.role == "frozen" and g.producers == ("a",))
+    member = next(m for m in frozen.members if m.parameter == "a.weight")
+    assert sorted(member.index.tolist()) == held
+    assert "test_coupling_rules.py, line" in str(frozen.frozen_because)
+    removed = {group.name: (0,) for group in coupling.prunable()}
+    pruned = copy.deepcopy(net)
+    apply_removal(pruned, coupling, removed)
+    assert check_removal(net, pruned, coupling, removed, inputs)[0].passed
 
 
 def test_a_convolution_along_channels_freezes_them_and_names_the_flag_that_lets_them_go() -> None:

@@ -28,6 +28,7 @@ class Claims:
         self._facts = facts
         self._sums: list[tuple[TaggedInt, np.ndarray]] = []
         self._kept: list[TaggedInt] = []
+        self._held: list[tuple[TaggedInt, Reason]] = []
 
     def claim(self, tag: TaggedInt, ids: np.ndarray) -> None:
         """State that a number is that of some channels, one id each, whatever is removed."""
@@ -49,6 +50,10 @@ class Claims:
         if tag.divisor is not None and len(tag.terms) == len(tag.divisor.terms) == 1:
             self._kept.append(tag)
 
+    def hold(self, tag: TaggedInt, why: Reason) -> None:
+        """State that nothing may go of what a number counts, if it counts channels."""
+        self._held.append((tag, why))
+
     def settle(self) -> None:
         """Bind the dividends of what stays, and the terms of sums: what the others leave of the whole."""
         for quotient in self._kept:
@@ -61,6 +66,10 @@ class Claims:
             waiting = left
         for _, ids in waiting:
             self._facts.freeze(ids, Reason("a size computed in the code"))
+        for tag, why in self._held:
+            for source, factor in tag.terms.items():
+                if isinstance(source, SizeSource) or source in self.counted:
+                    self._facts.freeze(self._part(source, factor)[0], why)
 
     def _bind_dividend(self, quotient: TaggedInt) -> None:
         divisor = quotient.divisor

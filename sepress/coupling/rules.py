@@ -659,25 +659,32 @@ def _split(t: Tracer, op: Op) -> None:
         t.facts.align(np.stack(parts))
     if t.call_name() == "chunk":
         return
-    claims = [(len(part), part) for part in parts]
-    if not t.claim_sizes(claims if op.name == "split_with_sizes" else claims[:1]):
-        t.freeze(line(ids, axis), "split at sizes written in the code")
+    if op.name == "split_with_sizes":
+        written = t.claim_sizes([(len(part), part) for part in parts])
+    else:
+        written = [line(ids, axis)] if t.claim_sizes([(len(parts[0]), parts[0])]) else []
+    for part in written:
+        t.freeze_written(part, "split at sizes")
 
 
 def _slice(t: Tracer, op: Op) -> None:
-    """A cut between channels stands at a number that must be found again after removal."""
+    """A cut between channels stands at a number that must be found again after removal.
+
+    One written in the code holds what it counts: the channels before it, or behind it where it is negative.
+    """
     x, output = op.inputs[0], op.outputs[0]
     axis = op.arg(1, 0) % x.dim()
     ids = t.ids(x)
     if output.size(axis) == x.size(axis) or not varies(ids, axis):
         return
-    channels = line(ids, axis)
-    start = op.arg(2) or 0
-    start += x.size(axis) if start < 0 else 0
-    stop = start + output.size(axis) * op.arg(4, 1)
-    cuts = [(cut, channels[:cut]) for cut in (start, stop) if 0 < cut < x.size(axis)]
-    if op.arg(4, 1) != 1 or not all(t.claim_sizes([cut]) for cut in cuts):
-        t.freeze(channels, "cut at a position written in the code")
+    channels, length = line(ids, axis), x.size(axis)
+    if op.arg(4, 1) != 1:
+        t.freeze_written(channels, "cut at a position")
+        return
+    start = (op.arg(2) or 0) % length
+    for given, cut in ((op.arg(2) or 0, start), (op.arg(3) or 0, start + output.size(axis))):
+        if 0 < cut < length and t.claim_sizes([(cut, channels[:cut])]):
+            t.freeze_written(channels[cut:] if given < 0 else channels[:cut], "cut at a position")
 
 
 # ---- weights computed from parameters -----------------------------------------------------------

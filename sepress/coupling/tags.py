@@ -7,8 +7,8 @@ the size of an axis with ids tells which number must follow which channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -34,6 +34,9 @@ class SizeSource:
 
 
 Source = AttributeSource | SizeSource
+
+
+_FLOATS: list[Callable[[TaggedInt], None]] = []  # who is told that a float was made of a tagged int
 
 
 class TaggedInt(int):
@@ -83,6 +86,22 @@ class TaggedInt(int):
 
     __rmul__, __radd__ = __mul__, __add__
 
+    def __float__(self) -> float:
+        for told in _FLOATS:
+            told(self)
+        return float(int(self))
+
+    def __truediv__(self, other: Any) -> Any:
+        return float(self) / other
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return other / float(self)
+
+    def __pow__(self, other: Any, modulus: int | None = None) -> Any:
+        return (
+            pow(int(self), other, modulus) if isinstance(other, int) and other > 0 else float(self) ** other
+        )
+
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
         return int, (int(self),)
 
@@ -121,9 +140,12 @@ def unchanged_attributes(net: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def tagged_attributes(net: nn.Module) -> Iterator[None]:
-    """Tag every module's ints for a while."""
-    with unchanged_attributes(net):
+def tagged_attributes(net: nn.Module, on_float: Callable[[TaggedInt], None]) -> Iterator[None]:
+    """Tag every module's ints for a while; `on_float` is told which of them become floats."""
+    with ExitStack() as stack:
+        stack.enter_context(unchanged_attributes(net))
+        _FLOATS.append(on_float)
+        stack.callback(_FLOATS.remove, on_float)
         for path, module in net.named_modules():
             for name, value in list(vars(module).items()):
                 if not name.startswith("_") and (tagged := _tag(value, path, name)) is not value:

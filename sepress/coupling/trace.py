@@ -220,6 +220,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif not traced and not rules.reads_constants(self, op):
             rules.derive(self, op)
         elif op.pointwise:
+            if op.name not in rules.COPIES:  # which a reshape makes
+                for tag in self.call.tags() if self.call else ():
+                    self.note_number(tag)
             rules.pointwise(self, op)
         else:
             rules.RULES.get(op.name, rules.unknown)(self, op)
@@ -455,23 +458,30 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def call_has_tags(self) -> bool:
         return bool(self.call and self.call.tags())
 
-    def claim_sizes(self, sizes: list[tuple[int, np.ndarray]]) -> bool:
-        """Bind the call's tagged ints to the channels they count, by value, in order; True if all are."""
+    def claim_sizes(self, sizes: list[tuple[int, np.ndarray]]) -> list[np.ndarray]:
+        """Bind the call's tagged ints to the channels they count, by value, in order; return the rest."""
         tags = self.call.tags() if self.call else []
-        complete = True
+        left = []
         for size, ids in sizes:
             if size in tags:
                 self.claims.claim(tags.pop([int(tag) for tag in tags].index(size)), ids)
             else:
-                complete = False
-        return complete
+                left.append(ids)
+        return left
+
+    def freeze_written(self, ids: np.ndarray, what: str) -> None:
+        """Freeze what a number in the code counts, and say in which line it is."""
+        file, number = _line_that_runs()
+        self.freeze(ids, f"{what} written in the code ({file.name}, line {number})")
 
     def claim_shape(self, output: Tensor) -> None:
         """Bind the sizes given to view, reshape or expand to the channels on the output's axes."""
-        if self.call is None or self.call.name not in ("view", "reshape", "expand"):
+        if self.call is None or self.call.name not in ("view", "reshape", "expand", "unflatten"):
             return
         given = [*self.call.args[1:], *self.call.kwargs.values()]
+        before = given.pop(0) if self.call.name == "unflatten" else 0  # axes that stay
         sizes = list(given[0]) if given and isinstance(given[0], (list, tuple)) else given
+        sizes = [-1] * (before % (output.dim() - len(sizes) + 1)) + sizes if before else sizes
         for axis in range(output.dim()):
             ids = self.axis_ids(output, axis)
             at = axis - output.dim() if self.call.name == "expand" else axis
@@ -482,7 +492,11 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             elif isinstance(size, TaggedInt):
                 self.claims.claim(size, ids)
             elif size != -1:
-                self.freeze(ids, "a width written in the code")
+                self.freeze_written(ids, "a width")
+
+    def note_number(self, tag: TaggedInt) -> None:
+        """A number of channels that is computed with, as in a scale: it has to stay."""
+        self.claims.hold(tag, Reason("computed with as a number", self.module))
 
     def claim_groups(self, ids: np.ndarray) -> None:
         """Bind a depthwise convolution's number of groups to the channels it reads."""
@@ -494,7 +508,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(count, TaggedInt):
             self.claims.claim(count, ids)
         else:
-            self.freeze(ids, "a number of groups written in the code")
+            self.freeze_written(ids, "a number of groups")
 
     def tag_sizes(self, name: str, args: Sequence[Any], size: Any) -> Any:
         """Tag sizes read from a traced tensor or a parameter, so that other tensors shaped by them follow."""
@@ -522,7 +536,12 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return {axis: SizeSource(found) for axis, found in slots.items() if found is not None}
 
     def note_attention(self, call: Call) -> None:
-        """Fused attention scales by the head width unless told otherwise."""
+        """Fused attention scales by the head width unless told otherwise; torch's layer fixes all widths."""
+        if call.name == "multi_head_attention_forward":
+            with _disable_current_modes():
+                for x in tree_leaves((call.args, call.kwargs)):
+                    if isinstance(x, Tensor):
+                        self.freeze(self.distinct_ids(x), f"a width fixed by {call.name}")
         if call.name == ATTENTION:
             named = [call.kwargs[key] for key in ("query", "key", "value", "attn_mask") if key in call.kwargs]
             operands = [x for x in (*call.args, *named) if isinstance(x, Tensor)]
@@ -577,17 +596,22 @@ def function_name(func: Any) -> str:
     return str(getattr(func, "__name__", func))
 
 
-def _data_dependent(module: str) -> InputError:
-    """Name the line of the forward that turns activations into a Python value."""
+def _line_that_runs() -> tuple[Path, int]:
+    """Return the file and the line of the network's code."""
     ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(ours):
         frame = frame.f_back
-    file, number = frame.f_code.co_filename, frame.f_lineno
-    text = linecache.getline(file, number).strip()
+    return Path(frame.f_code.co_filename), frame.f_lineno
+
+
+def _data_dependent(module: str) -> InputError:
+    """Name the line of the forward that turns activations into a Python value."""
+    file, number = _line_that_runs()
+    text = linecache.getline(str(file), number).strip()
     return InputError(
         f"the forward of '{module or 'the network'}' turns activations into a Python value:"
-        f" {Path(file).name}, line {number}: {text}",
+        f" {file.name}, line {number}: {text}",
         remedy="Coupling can't be traced through a decision on data; take it out of forward,"
         " or prune the part of the network before it.",
     )
@@ -650,7 +674,7 @@ def run_forward(tracer: Tracer, net: nn.Module, arguments: tuple[Tensor, ...]) -
     """Return what one traced forward gives; InputError where it fails or decides on data."""
     for x in arguments:
         tracer.write(x, no_ids(x.shape))
-    with _module_paths(net, tracer.modules), tagged_attributes(net):
+    with _module_paths(net, tracer.modules), tagged_attributes(net, tracer.note_number):
         try:
             with _Calls(tracer), tracer:
                 return net(*arguments)
