@@ -269,7 +269,6 @@ def test_operations_pass_each_channel_on(function: object, read: list[int]) -> N
         (lambda x: x * x.shape[1] ** -0.5, 8, "computed with as a number"),
         (lambda x: x * (1 / x.size(1)), 8, "computed with as a number"),
         (lambda x: x / x.shape[1], 8, "computed with as a number"),
-        (lambda x: x * x[:, 3:4], 8, "cut at a position written in the code"),
         (lambda x: F.conv2d(x, torch.ones(8, 1, 3, 3), groups=8), 8, "a weight that is not a parameter"),
     ],
 )
@@ -277,9 +276,7 @@ def test_what_code_fixes_is_frozen_with_the_reason(function: object, width: int,
     groups = [group for group in custom(function, width).groups if group.producers == ("a",)]
     frozen = [group for group in groups if group.role == "frozen"]
     assert sum(group.width for group in groups) == 8
-    assert sum(group.width for group in frozen) == (
-        6 if width == 6 else 8
-    )  # what the number doesn't count is free
+    assert sum(group.width for group in frozen) == (6 if width == 6 else 8)  # the last two aren't counted
     assert reason in str(frozen[0].frozen_because)
 
 
@@ -434,3 +431,25 @@ def test_the_sides_of_a_grouped_convolution_are_partners() -> None:
     layers = traced("grouped").layers({})
     assert (layers.kinds, layers.groups.tolist()) == (("spatial", "grouped", "linear"), [1, 2, 1])
     assert layers.lengths[1].tolist() == [8, 6, 3, 3]  # six of a group's inputs
+
+
+@pytest.mark.parametrize(
+    ("function", "width", "held"),
+    [
+        (lambda x: x * x[:, 3:4], 8, 4),
+        (lambda x: x[:, 1:] * x[:, :1].sigmoid(), 7, 1),  # MobileViTv2's context scores
+        (lambda x: (y := F.pad(x, (0, 0, 0, 0, 0, 1), value=1.0))[:, :-1] / (1 + y[:, -1:]), 8, 0),
+        (lambda x: x[:, 2:].relu() + x[:, :2].repeat(1, 3, 1, 1), 6, 8),  # two are not one
+    ],
+)
+def test_one_channel_that_stays_can_be_spread_over_others_that_go(
+    function: object, width: int, held: int
+) -> None:
+    net, inputs = nets.lively(Custom(function, width)), torch.randn(2, 3, 12, 12)
+    coupling = trace(net, inputs)
+    frozen = [g for g in coupling.groups if g.role == "frozen" and g.producers == ("a",)]
+    assert sum(group.width for group in frozen) == held
+    removed = {group.name: (0, 2) for group in coupling.prunable()}
+    pruned = copy.deepcopy(net)
+    apply_removal(pruned, coupling, removed)
+    assert check_removal(net, pruned, coupling, removed, inputs)[0].passed

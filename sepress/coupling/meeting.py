@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def meet(t: Tracer, inputs: list[Tensor], read: Callable[[Tensor], Tensor]) -> Tensor:
     """Unify what lies at one position of element-wise inputs; `read` gives the ids of activations."""
-    shadows = [read(x) for x in inputs if not t.is_parametric(x)]
+    shadows = _apart_from_fixed(t, [read(x) for x in inputs if not t.is_parametric(x)])
     shape = broadcast_shape(*[x.shape for x in inputs])
     ids = join(t, shadows).expand(shape)
     axes = varying_axes(ids)
@@ -46,6 +46,17 @@ def meet(t: Tracer, inputs: list[Tensor], read: Callable[[Tensor], Tensor]) -> T
                     return from_slots(slots, target, ids.dim()).expand(shape)
                 t.freeze(slots, "a parameter along an axis without channels")
     return ids
+
+
+def _apart_from_fixed(t: Tracer, shadows: list[Tensor]) -> list[Tensor]:
+    """Leave out one channel that is spread over others and can't go: it says nothing about them."""
+    along = {axis - ids.dim() for ids in shadows for axis in varying_axes(ids)}
+
+    def spread(ids: Tensor) -> bool:
+        one = not varying_axes(ids) and ids.numel() > 0 and int(ids[(0,) * ids.dim()]) in t.facts.fixed
+        return one and all(ids.dim() < -axis or ids.size(axis) == 1 for axis in along)
+
+    return [no_ids(ids.shape) if along and spread(ids) else ids for ids in shadows]
 
 
 def _alone_on_axis(inputs: list[Tensor], x: Tensor, axis: int) -> bool:

@@ -222,6 +222,7 @@ class Facts:
         self._right: list[Ids] = []
         self._counts: list[tuple[Ids, Ids, int, int]] = []
         self.frozen: list[tuple[Ids, Reason]] = []
+        self.fixed = {PADDING}  # ids known not to go while the trace runs
 
     def unify(self, a: Ids, b: Ids) -> None:
         """State that a[i] and b[i] are one channel, for every i; elements without an id say nothing."""

@@ -472,6 +472,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def freeze_written(self, ids: np.ndarray, what: str) -> None:
         """Freeze what a number in the code counts, and say in which line it is."""
         file, number = _line_that_runs()
+        self.facts.fixed.update(np.unique(ids).tolist())
         self.freeze(ids, f"{what} written in the code ({file.name}, line {number})")
 
     def claim_shape(self, output: Tensor) -> None:
