@@ -43,7 +43,7 @@ HERE = Path(__file__).parent
 LIST, TABLES = HERE / "zoo.tsv", HERE / "results" / "zoo"
 SECTIONS = ("se", "gates", "hybrid", "plain")
 MOST_PARAMS = 120_000_000
-EXPORTER: Exporter = "torchscript"  # a fourth of the default's time, which the sample of every run takes
+EXPORTER: Exporter = "torchscript"  # a fourth of the default's time
 SIZES = (96, 128, 160, 192, 224, 256, 288, 320, 384)  # pixels a side; a net's own beside them
 # What makes a net one of a section: the class of a module of it, or its name.
 SE = {"SEModule", "SqueezeExcite", "EffectiveSEModule", "EseModule", "SqueezeExcitation"}

@@ -134,7 +134,8 @@ def check_layout(header: Header, tensors: Mapping[str, Tensor], *, where: str) -
                 f"its tensors: {_first(sorted(held))}"
             )
     count = header.spec.kwargs.get("num_classes")
-    if count is not None and not any(count in shape for shape in shapes.values()):
+    # A multiple of it will do: a detector's head has channels for every class and anchor.
+    if count is not None and not any(n and n % count == 0 for shape in shapes.values() for n in shape):
         raise InputError(f"{where}: its spec says {count} classes, but no tensor has so many")
 
 
