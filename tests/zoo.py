@@ -66,7 +66,7 @@ def references(source: str, names: str) -> set[str]:
 PLAIN = references(
     "timm",
     """resnet18 resnet50d resnetv2_50 wide_resnet50_2 nf_resnet50 res2net50_14w_8s dpn48b regnetx_002
-    convnext_atto densenet121 vgg11_bn mobilenetv2_050 mobilenetv4_conv_small dla34 hrnet_w18_small
+    convnext_atto densenet121 mobilenetv2_050 mobilenetv4_conv_small dla34 hrnet_w18_small
     cspdarknet53 inception_v3 xception41 repvgg_a0 mobileone_s0""",
 ) | references("torchvision", "shufflenet_v2_x0_5 squeezenet1_1 googlenet mnasnet0_5 convnext_tiny")
 
