@@ -79,7 +79,7 @@ def test_rows_and_columns_of_a_product_go_exactly(function: object) -> None:
     assert {"a", "states"} <= set(names)
     assert names["states"].width == 12
     assert names["states"].units <= 6
-    removed = dict.fromkeys(names, (1,))
+    removed = dict.fromkeys(names, (0,))  # the first, which is what a reduced axis would be taken for
     pruned = pruned_and_checked(net, inputs, coupling, removed)
     assert len(pruned.a.weight) == 7
     assert len(pruned.states.weight) in (10, 8)  # 8 where states are taken two by two

@@ -48,10 +48,6 @@ SAMPLE = (
     "timm:resnest14d",
     "timm:skresnet18",
 )
-# What does not hold yet, and why.
-GAPS = {
-    "timm:efficientvim_m1": "a norm written as a mean over channels, of elements of two channels",
-}
 
 
 def each(gates: int, references: str) -> dict[str, int]:
@@ -141,13 +137,7 @@ def check(result: zoo_checks.Result) -> None:
         assert result.gates == GATES[result.reference]
 
 
-@pytest.mark.parametrize(
-    "reference",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(reason=GAPS[name], strict=True)) if name in GAPS else name
-        for name in SAMPLE
-    ],
-)
+@pytest.mark.parametrize("reference", SAMPLE)
 def test_everything_holds_of_the_sample(reference: str, tmp_path: Path) -> None:
     """The detector, whose export takes longest, is exported with the whole list only."""
     exporter = EXPORTERS.get(reference, "torchscript")

@@ -169,8 +169,9 @@ def _passed(t: Tracer, op: Op, ids: Tensor) -> Tensor | None:
         passed = ids
     elif op.name in REDUCTIONS:
         for axis in op.reduced_axes():
-            if varies(ids, axis) and op.name != "sum":
-                op.statistics = True
+            if varies(ids, axis):
+                op.statistics = op.statistics or op.name != "sum"
+                ids = no_ids(ids.shape)  # what is summed over ends here
             ids = ids.narrow(axis, 0, 1)
         passed = ids.reshape(op.outputs[0].shape)
     return passed
