@@ -453,3 +453,21 @@ def test_one_channel_that_stays_can_be_spread_over_others_that_go(
     pruned = copy.deepcopy(net)
     apply_removal(pruned, coupling, removed)
     assert check_removal(net, pruned, coupling, removed, inputs)[0].passed
+
+
+def test_a_layer_over_a_stored_table_counts_although_its_widths_stay() -> None:
+    class Positioned(nn.Module):
+        """A bias for every position, made by a layer from a table of places, as MaxViT's RelPosMlp has it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.places, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(2, 8), nets.Head(8)
+            self.register_buffer("table", torch.rand(12, 12, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.a(x) + self.places(self.table).permute(2, 0, 1))
+
+    net = nets.lively(Positioned())
+    coupling = trace(net, nets.images(1))
+    # convolution, table and head; their own channels are one where they are added
+    assert coupling.count_macs({}) == 144 * 27 * 8 + 144 * 2 * 8 + 8 * 5

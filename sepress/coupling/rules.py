@@ -725,6 +725,9 @@ def derive(t: Tracer, op: Op) -> None:
         for result, elements in zip(op.outputs, t.rearranged(op, t.elements), strict=True):
             t.derive(result, elements)
     else:
+        count = flop_registry.get(op.func.overloadpacket)
+        if count is not None:  # such as a layer over a stored table of positions
+            t.count_macs(count(*op.args, **op.kwargs, out_val=output) // 2)
         for parameter in parametric:
             t.freeze_parameter(parameter, f"a weight computed by '{op.name}'")
 
