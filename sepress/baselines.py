@@ -167,7 +167,7 @@ class SecondOpinion:
         every: set[Slot] = set()
         for (name, side), places in gone.items():
             left = self._left.setdefault((name, side), list(range(self._width(name, side) + len(places))))
-            every |= {(name, side, left[place]) for place in places}
+            every |= {(name, side, left[place]) for place in places if place < len(left)}  # they may miss
             self._left[name, side] = [channel for place, channel in enumerate(left) if place not in places]
         return frozenset(every)
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from peers import Comparison
 
 SEVEN = (
     "timm:seresnet50",
@@ -30,6 +31,13 @@ SEVEN = (
 NETS = ("timm:mobilenetv3_large_100", "timm:seresnet50")
 LARGE = ("timm:efficientnet_b4", "timm:legacy_seresnet152")
 MEASURED = ("reconstruction", "fisher-reconstruction", "contribution", "fisher", "mean-excitation")
+WHOLE = (
+    "timm:senet154@224",
+    "timm:tf_efficientnet_b7@224",
+    "timm:regnety_160@224",
+    "timm:efficientnetv2_l@224",
+    "timm:tf_efficientnetv2_l@512",
+)
 SIZES = (64, 128, 256, 512, 1024, 2048, 4096, 10_000)
 
 
@@ -409,6 +417,104 @@ def eca(epochs: int = 8, tuned: int = 2) -> None:
             print(f"| {target} {value} | {'on' if flag else 'off'} | {kept:.2f} | {row} |", flush=True)
 
 
+def peers(nets: Sequence[str], seconds: float) -> None:
+    """torch-pruning's groups beside ours, and what pruning at 0.3 comes to: tests/results/peers/groups.md."""
+    import peers as p  # tests/peers.py
+
+    lines = [
+        "| net | channels in the same groups | in others, and what torch-pruning's cut does | "
+        "0.3 by torch-pruning | clean | 0.3 by sepress | clean |",
+        "|---|---:|---|---|---|---|---|",
+    ]
+    print(*lines, sep="\n")
+    for reference in nets or p.NETS:
+        compared = p.in_child(p.compare_named, reference, seconds=seconds)
+        cells = [reference, *(("no graph", compared) if isinstance(compared, str) else told(compared))]
+        for prune in (p.prune_by_peer, p.prune_by_us):
+            pruned = p.in_child(prune, reference, seconds=seconds)
+            done = (
+                (pruned, "no")
+                if isinstance(pruned, str)
+                else (pruned.outcome, "yes" if pruned.clean else "no")
+            )
+            cells += done
+        lines.append(f"| {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
+    write_result("peers/groups.md", lines)
+
+
+def told(comparison: Comparison) -> tuple[str, str]:
+    import peers as p
+
+    counts = p.summary(comparison)
+    same = counts.pop("same")
+    return f"{same:,}", "; ".join(f"{n:,} {verdict}" for verdict, n in counts.items()) or "none"
+
+
+def graph(nets: Sequence[str], size: int, rounds: int) -> None:
+    """Seconds and memory of graph and all groups, ours over torch-pruning's: tests/results/peers/graph.md."""
+    import statistics
+
+    import peers as p
+    import torch
+
+    torch.set_num_threads(1)
+    lines = [
+        f"| net, {size} px | sepress, ms | torch-pruning, ms | ratio (95 % interval) | sepress, MiB "
+        "| torch-pruning, MiB |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    print(*lines, sep="\n")
+    times, ratios = [], []
+    for reference in nets or p.TIMED:
+        memory = {name: p.in_child(p.graph_memory, reference, size, name, seconds=300) for name in p.GRAPHS}
+        figures = p.in_child(p.time_graphs, reference, size, rounds, seconds=600)
+        peer, ours = figures["torch-pruning"], figures["sepress"]
+        times.append(ours.median_ms)
+        ratios.append(ours.ratio)
+        lines.append(
+            f"| {reference} | {ours.median_ms:.0f} | {peer.median_ms:.0f} "
+            f"| {ours.ratio:.2f} ({ours.ratio_low:.2f} to {ours.ratio_high:.2f}) "
+            f"| {memory['sepress']:.0f} | {memory['torch-pruning']:.0f} |"
+        )
+        print(lines[-1], flush=True)
+    lines += ["", f"Median {statistics.median(times):.0f} ms, median ratio {statistics.median(ratios):.2f}."]
+    print(*lines[-2:], sep="\n")
+    write_result("peers/graph.md", lines)
+
+
+def whole(nets: Sequence[str]) -> None:
+    """CPU seconds and memory of trace, plan, surgery, check of large nets: tests/results/peers/whole.md."""
+    import peers as p
+
+    lines = [
+        "| net | trace, s | trace, MiB | plan, surgery and check, s | MiB |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    print(*lines, sep="\n")
+    for each in nets:
+        reference, _, size = each.partition("@")
+        found = p.in_child(p.whole, reference, int(size), seconds=600)
+        cells = [found] if isinstance(found, str) else [f"{value:.1f}" for value in found.values()]
+        lines.append(f"| {each} | {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
+    write_result("peers/whole.md", lines)
+
+
+def write_result(name: str, lines: Sequence[str]) -> None:
+    """Write a table and the versions it holds for."""
+    from importlib.metadata import version
+    from pathlib import Path
+
+    from sepress.files import write_text
+    from sepress.measure import cpu_model
+
+    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "timm", "torch-pruning"))
+    path = Path(__file__).parent / "results" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "\n".join([*lines, "", f"{versions}; {cpu_model()}, one thread."]) + "\n")
+
+
 def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
@@ -425,6 +531,20 @@ if __name__ == "__main__":
     one.add_argument("nets", nargs="*", default=LARGE)
     one.add_argument("--images", type=int, default=64)
     one.set_defaults(run=scale)
+    one = commands.add_parser("peers", help=peers.__doc__)
+    one.add_argument("nets", nargs="*", help="of tests/peers.py where left out")
+    one.add_argument("--seconds", type=float, default=120, help="for one comparison")
+    one.set_defaults(run=peers)
+    one = commands.add_parser("graph", help=graph.__doc__)
+    one.add_argument("nets", nargs="*", help="twenty of tests/peers.py where left out")
+    one.add_argument("--size", type=int, default=224)
+    one.add_argument("--rounds", type=int, default=20)
+    one.set_defaults(run=graph)
+    one = commands.add_parser("whole", help=whole.__doc__)
+    one.add_argument(
+        "nets", nargs="*", default=WHOLE, help="architectures and sizes, such as timm:resnet50@224"
+    )
+    one.set_defaults(run=whole)
     one = commands.add_parser("precision", help=precision.__doc__)
     one.add_argument("nets", nargs="*", default=SEVEN[:5])
     one.set_defaults(run=precision)

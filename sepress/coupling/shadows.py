@@ -138,8 +138,9 @@ def varies(ids: Tensor, axis: int) -> bool:
 
 def compress(ids: Tensor, keep: tuple[int, ...] = ()) -> Tensor:
     """Narrow every axis along which nothing varies to length 1, so that the result broadcasts back."""
-    for axis in reversed(range(ids.dim())):
-        if axis not in keep and ids.size(axis) > 1 and not varies(ids, axis):
+    lengths, steps = ids.shape, ids.stride()
+    for axis in reversed(range(len(lengths))):
+        if lengths[axis] > 1 and axis not in keep and (steps[axis] == 0 or not varies(ids, axis)):
             ids = ids.narrow(axis, 0, 1)
     return ids
 

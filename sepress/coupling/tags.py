@@ -7,6 +7,7 @@ the size of an axis with ids tells which number must follow which channels.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -121,22 +122,18 @@ def unchanged_attributes(net: nn.Module) -> Iterator[None]:
     before = []
     for module in net.modules():
         held = dict(module.__dict__)
-        contents = {
-            key: dict(v) if isinstance(v, dict) else list(v)
-            for key, v in held.items()
-            if isinstance(v, (dict, list))
-        }
-        before.append((module, held, contents))
+        containers = [(v, copy.copy(v) if v else ()) for v in held.values() if isinstance(v, (dict, list))]
+        before.append((module, held, containers))
     try:
         yield
     finally:
-        for module, attributes, contents in before:
+        for module, attributes, containers in before:
             module.__dict__.clear()
             module.__dict__.update(attributes)
-            for key, content in contents.items():
-                container = attributes[key]
-                container.clear()
-                container.update(content) if isinstance(container, dict) else container.extend(content)
+            for container, content in containers:
+                if container or content:
+                    container.clear()
+                    container.update(content) if isinstance(container, dict) else container.extend(content)
 
 
 @contextmanager
