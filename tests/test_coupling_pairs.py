@@ -65,6 +65,7 @@ def pruned_and_checked(net: nn.Module, inputs: Tensor, coupling: Coupling, remov
         lambda m, h: m.batch_norm(h).relu(),
         lambda m, h: h * m.gain + m.state_gain,
         lambda m, h: h * h.mean(2, keepdim=True),
+        lambda m, h: torch.stack(torch.var_mean(h, 2, keepdim=True)).sum(0) * h,
         lambda m, h: h - h.sum(1, keepdim=True),
         lambda m, h: m.layer(h).sigmoid() * h.permute(0, 2, 1).contiguous().permute(0, 2, 1),
         lambda m, h: h[:, :, None].flatten(2) * 2,
@@ -79,8 +80,9 @@ def test_rows_and_columns_of_a_product_go_exactly(function: object) -> None:
     assert {"a", "states"} <= set(names)
     assert names["states"].width == 12
     assert names["states"].units <= 6
-    removed = dict.fromkeys(names, (0,))  # the first, which is what a reduced axis would be taken for
-    pruned = pruned_and_checked(net, inputs, coupling, removed)
+    for units in ((0,), (1,)):
+        removed = dict.fromkeys(names, units)
+        pruned = pruned_and_checked(net, inputs, coupling, removed)
     assert len(pruned.a.weight) == 7
     assert len(pruned.states.weight) in (10, 8)  # 8 where states are taken two by two
     with FlopCounterMode(display=False) as counter:

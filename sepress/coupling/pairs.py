@@ -134,10 +134,10 @@ def carry(t: Tracer, op: Op, *, moved: bool) -> None:
     if moved:
         _view(t, op, x, ids)
     elif output is not None and len(pairs) == 1 and (new := _passed(t, op, ids)) is not None:
-        if varying_axes(t.ids(output)):
-            t.write(output, t.ids(output), new.expand(output.shape))
-        else:
-            t.write(output, new.expand(output.shape))
+        for made in (x for x in op.outputs if x.shape == output.shape):
+            layers = [ids for ids in (t.ids(made), new.expand(made.shape)) if varying_axes(ids)]
+            if layers:
+                t.write(made, *layers)
     elif not (op.name == "mm" and not any(map(t.is_parametric, op.inputs))):  # a product of activations
         for pair in pairs:
             t.freeze(distinct(t.second.read(pair)), f"channels on two axes in '{op.name}'")
