@@ -997,20 +997,16 @@ def report(
 
 def _read_report(path: Path) -> "Report":
     """Read a report, its artifacts' paths made absolute."""
-    import json
     from dataclasses import replace
 
+    from sepress.files import read_json
     from sepress.report import report_from_json
 
     if not path.is_file():
         plan = " (a dry run leaves plan.json only)" if path.with_name("plan.json").is_file() else ""
         raise InputError(f"there is no report {path}{plan}", remedy="Pass a run folder, or its report.json.")
-    try:
-        found = report_from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path} can't be read as a report: {error}", remedy="Pass a run folder, such as runs/quickstart."
-        ) from error
+    remedy = "Pass a run folder, such as runs/quickstart."
+    found = report_from_json(read_json(path, what="report", remedy=remedy))
     artifacts = {role: name and str((path.parent / name).resolve()) for role, name in found.artifacts.items()}
     return replace(found, artifacts=artifacts)
 

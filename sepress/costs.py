@@ -22,6 +22,7 @@ import numpy as np
 from sepress.coupling import Coupling
 from sepress.coupling.groups import Layers
 from sepress.errors import InputError
+from sepress.files import read_json
 from sepress.types import JSON, Removed
 
 SCHEMA = "sepress.latency-table/1"
@@ -207,10 +208,7 @@ def as_table(table: LatencyTable | str | Path | None) -> LatencyTable | None:
 
 def read_table(path: Path) -> LatencyTable:
     """Read a latency table's file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} can't be read: {error}", remedy=_REMEDY) from error
+    value = read_json(path, what="latency table", remedy=_REMEDY)
     return table_from_json(value, where=str(path))
 
 

@@ -1,4 +1,4 @@
-"""Write files whole or not at all: a temporary name beside the target, synced, then renamed."""
+"""Write files whole or not at all: a temporary name beside the target, synced, then renamed; read JSON."""
 
 from __future__ import annotations
 
@@ -76,6 +76,17 @@ def sweep_partial(folder: Path) -> None:
     for path in folder.iterdir():
         if _PARTIAL.fullmatch(path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def read_json(path: Path, *, what: str, remedy: str | None = None) -> JSON:
+    """Read a JSON file, `what` it should be; InputError where it is none, or nested beyond reason."""
+    try:
+        value: JSON = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(value, ensure_ascii=False).encode()  # half a character, as \\ud800 is, can't be shown
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise InputError(f"{path} can't be read as a {what}: {reason}", remedy=remedy) from error
+    return value
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,17 +7,18 @@ after each stage, so an interrupted run loses one stage at most, and of a traini
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from sepress import console
 from sepress.basis import Basis, differences
 from sepress.digests import file_digest
 from sepress.errors import InputError
-from sepress.files import sweep_partial, write_json, write_text
+from sepress.files import read_json, sweep_partial, write_json, write_text
 from sepress.lock import NAME as LOCK
 from sepress.lock import FolderLock
 from sepress.types import JSON
@@ -190,18 +191,22 @@ class RunFolder:
         write_json(self.path / STATE, {"schema": SCHEMA, "stages": records, "begun": self._begun})
 
     def _read_state(self) -> None:
-        state = self.path / STATE
+        remedy = "Choose another folder, or delete this one."
+        value = read_json(self.path / STATE, what="run's state", remedy=remedy)
         try:
-            value = json.loads(state.read_text(encoding="utf-8"))
             if value["schema"] != SCHEMA:
                 raise ValueError(f"schema is {value['schema']!r}, expected {SCHEMA!r}")
-            records = [StageRecord(**r) for r in value["stages"]]
+            records = _RECORDS.validate_python(value["stages"])
+            for name in (n for r in records for n in (*r.artifacts.values(), *r.digests)):
+                if name in ("", "..") or Path(name).name != name:  # it is read, and may be moved
+                    raise ValueError(f"{name!r} is not the name of a file in the folder")
             self._records = {record.stage: record for record in records}
             self._begun = value["begun"]
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{state} can't be read: {error}", remedy="Choose another folder, or delete this one."
-            ) from error
+            raise InputError(f"{self.path / STATE} can't be read: {error}", remedy=remedy) from error
+
+
+_RECORDS = TypeAdapter(list[StageRecord])
 
 
 def _rejected(path: Path) -> Path:

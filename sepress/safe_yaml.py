@@ -108,10 +108,14 @@ def _dangers(text: str) -> Iterator[tuple[str, Any]]:
             yield "anchors and aliases", event.start_mark
         if (tag := getattr(event, "tag", None)) is not None:
             yield f"tags ({tag})", event.start_mark
+        if _SURROGATE.search(getattr(event, "value", "")):
+            yield "halves of characters (surrogates)", event.start_mark
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
             yield f"more than {MAX_DEPTH} nested levels", event.start_mark
 
+
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 # Unlike YAML 1.1, PyYAML's own: no yes/no/on/off, no octal or base-60 numbers, no dates, no merge keys.
 # A number with leading zeros is text, as readers do not agree on it.

@@ -7,7 +7,6 @@ whose files are intact is not run again; what it found stands in the folder's re
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -37,7 +36,7 @@ from sepress.device import resolve_device, seeded
 from sepress.errors import CheckError, InputError, SepressError
 from sepress.example import example_code
 from sepress.export import export_onnx, repeated
-from sepress.files import replacing, write_json, write_text
+from sepress.files import read_json, replacing, write_json, write_text
 from sepress.folding import FoldResult, fold_gates
 from sepress.imagefile import FromBytes, why_no_classifier, write_image_file
 from sepress.inspection import Inspection, inspect_bundle
@@ -707,11 +706,7 @@ def _coupling_and_plan(job: Job, settings: Any) -> tuple[Coupling, PruningPlan |
 
 
 def _read_plan(path: Path) -> PruningPlan:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} can't be read: {error}", remedy="Pass a plan.json of sepress.") from error
-    return plan_from_json(value)
+    return plan_from_json(read_json(path, what="plan", remedy="Pass a plan.json of sepress."))
 
 
 def _given_table(settings: Any, coupling: Coupling) -> LatencyTable | None:
