@@ -125,7 +125,7 @@ def _unsafe_names(path: Path) -> list[str]:
     """What a file of torch.save would import beyond tensors and plain values; nothing of it is run."""
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except ValueError:  # a file of before torch 1.6
+    except Exception:  # noqa: BLE001 - a file of before torch 1.6, or a damaged one, which may raise anything
         return []
 
 
