@@ -242,3 +242,51 @@ def test_a_cache_filled_by_the_first_forward_does_not_change_the_path_of_the_nex
     apply_removal(pruned, coupling, removed)
     assert check_removal(net, pruned, coupling, removed, inputs)[0].passed
     assert net.seen == {}
+
+
+def test_statistics_of_a_flat_weight_change_with_what_is_read_alone() -> None:
+    """timm's ScaledStdConv flattens (in, k, k): input channels gone alone change them."""
+
+    class FlatStandardised(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            flat = self.weight.reshape(1, self.out_channels, -1)
+            w = F.batch_norm(flat, None, None, training=True, momentum=0.0).reshape_as(self.weight)
+            return F.conv2d(x, w, self.bias, self.stride, self.padding, 1, self.groups)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3), FlatStandardised(8, 12, 3, groups=2)
+            self.head = nets.Head(12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.b(self.a(x).relu()).relu())
+
+    net, inputs = nets.lively(Net()), nets.images(3)
+    coupling = trace(net, inputs)
+    for removed in ({"a": (1,)}, {"b": (2,)}, {"a": (0, 3), "b": (0,)}):
+        pruned = copy.deepcopy(net)
+        apply_removal(pruned, coupling, removed)
+        check, culprits = check_removal(net, pruned, coupling, removed, inputs)
+        assert check.passed, (removed, check, culprits)
+
+
+def test_a_bias_of_attention_that_a_layer_makes_keeps_its_heads() -> None:
+    class Biased(nn.Module):
+        """MaxViT's: a bias for every head and pair of positions, from a table of offsets."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.qkv, self.bias = nn.Conv2d(3, 12, 4, stride=4), nn.Linear(12, 36), nn.Linear(2, 3)
+            self.head = nn.Linear(12, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x).flatten(2).transpose(1, 2)
+            q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, 3, 4).permute(2, 0, 3, 1, 4).unbind(0)
+            places = torch.arange(9.0)
+            offsets = torch.stack([places[:, None] - places, places[:, None] + places], -1)  # (9, 9, 2)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias(offsets).permute(2, 0, 1)[None])
+            return self.head(y.transpose(1, 2).reshape(x.shape).mean(1))
+
+    coupling = trace(nets.lively(Biased()), nets.images(1))
+    assert "heads that no layer made" in str(coupling.group("bias").frozen_because)

@@ -396,6 +396,8 @@ def fused_attention(t: Tracer, op: Op) -> None:
         t.freeze(distinct(query, key, value), "attention over channels")
         t.write(output, no_ids(output.shape))
         return
+    for bias in op.inputs[3:]:
+        t.freeze(distinct(t.ids(bias)), "added to attention over heads that no layer made")
     join(t, [query[:, 0, 0], key[:, 0, 0]])
     t.write(output, value[:, :, :1].expand(output.shape))
 

@@ -163,20 +163,23 @@ class SlotTable:
 
     def of_elements(self, elements: Ids) -> Ids | None:
         """Return the slots that a row of element numbers walks along, if it walks along one axis."""
-        if len(elements) < 2 or (elements < 1).any():
+        walked = self.axes_of_elements(elements)
+        if len(walked) != 1:
             return None
+        once = (np.diff(walked[0]) > 0).all() or len(np.unique(walked[0])) == len(elements)
+        return walked[0] if once else None
+
+    def axes_of_elements(self, elements: Ids) -> list[Ids]:
+        """Return the slots of every axis that a row of element numbers walks along, repeats included."""
+        if len(elements) < 2 or (elements < 1).any():
+            return []
         numbers = np.searchsorted(self._first_element, elements, "right") - 1
         number = int(numbers[0])
         if (numbers != number).any() or number >= len(self.names):
-            return None
+            return []
         indices = self._indices(number, elements - self._first_element[number])
-        moving = [dim for dim, index in enumerate(indices) if (index != index[0]).any()]
-        if len(moving) != 1:
-            return None
-        walked = indices[moving[0]]
-        if not (np.diff(walked) > 0).all() and len(np.unique(walked)) != len(walked):
-            return None
-        return self.first_slot[number][moving[0]] + walked
+        first = self.first_slot[number]
+        return [f + index for f, index in zip(first, indices, strict=True) if (index != index[0]).any()]
 
     def _indices(self, number: int, memory: Ids) -> list[Ids]:
         """Turn offsets in a parameter's memory into an index for each dim (any dense layout)."""

@@ -262,12 +262,12 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return tuple(compress(ids).numpy().copy() for ids in self.layers(x))
         if not self.is_parametric(x):
             return None
-        axes = [(axis, self.slots_along(x, axis)) for axis in range(x.dim()) if x.size(axis) > 1]
         shape = [1] * x.dim()
         return tuple(
             slots.reshape([*shape[:axis], -1, *shape[axis + 1 :]])
-            for axis, slots in axes
-            if slots is not None
+            for axis in range(x.dim())
+            if x.size(axis) > 1
+            for slots in self.slots.axes_of_elements(line(self.elements(x), axis))
         )
 
     # ---- ids of tensors -------------------------------------------------------------------------
