@@ -549,7 +549,9 @@ def test_a_net_without_gates_is_pruned_and_every_report_notes_that_no_excitation
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "run"
-    report = stages.run_recipe(recipe(PRUNE, model=GATELESS, **DIGITS), out=out).report
+    plain = {"calibration_images": 64, "recalibration_images": 64, "compensate": False}
+    by_contribution = {"prune": {"ratio": 0.3, "criterion": "contribution", **plain}}
+    report = stages.run_recipe(recipe(by_contribution, model=GATELESS, **DIGITS), out=out).report
     assert NO_GATE in report.notes
     assert report.checks["masked_equals_removed"].passed is True
     assert NO_GATE in json.loads((out / "report.json").read_text())["notes"]
@@ -557,7 +559,7 @@ def test_a_net_without_gates_is_pruned_and_every_report_notes_that_no_excitation
     shown = io.StringIO()
     Console(file=shown, width=200).print(render_report(report))
     assert "No excitation was found, since the net has no gate" in shown.getvalue()
-    again = recipe({"prune": {"plan": str(out / "plan.json")}}, model=GATELESS, **DIGITS)
+    again = recipe({"prune": {"plan": str(out / "plan.json"), **plain}}, model=GATELESS, **DIGITS)
     assert NO_GATE in stages.run_recipe(again, out=tmp_path / "again").report.notes
 
 
