@@ -12,7 +12,7 @@ from sepress.types import Reason
 
 _NO_LAYER = "what it meets has no channels that could go along"
 _LAYOUT = "it can't be told which of its numbers belong to which channel"
-_CODE = "a number in the code would no longer fit, and surgery doesn't rewrite code"
+_CODE = "surgery doesn't rewrite numbers in code"
 _POSITION = "each channel means something by its place, and removal moves the later ones up"
 _OTHERS = "one channel's value depends on all the others, so that a removed one is not just missing"
 _TWO_AXES = "each of its numbers belongs to several channels at once"
@@ -38,6 +38,7 @@ _WHY = {
     "meets data that no layer made": _NO_LAYER,
     "multiplied with data that no layer made": _NO_LAYER,
     "heads multiplied with heads that no layer made": _NO_LAYER,
+    "added to attention over heads that no layer made": _NO_LAYER,
     "a grouped convolution reads data that no layer made": _NO_LAYER,
     "meets zeros padded beside its channels": _NO_LAYER,
     "a linear layer over positions": "what it makes are positions, not channels",
@@ -60,11 +61,9 @@ _WHY = {
     "pooled over no region of the image that was traced": "nothing showed where they go",
     "made in training, where the forward fails (*)": _UNSEEN,
     "'*' may read it in training, where the forward can't be traced*": _UNSEEN,
-    "a parameter cut at positions written in the code": _CODE,
-    "cut at a position written in the code": _CODE,
-    "split at sizes written in the code": _CODE,
-    "a width written in the code": _CODE,
-    "a number of groups written in the code": _CODE,
+    "* written in the code*": _CODE,
+    "computed with as a number": "what is computed from it would change, and surgery can't follow that",
+    "a width fixed by *": "that function wants all its widths alike",
     "a size computed in the code": _CODE,
     "convolution with a weight that is not a parameter": _COMPUTED,
     "a weight computed by '*'": _COMPUTED,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 GATES, FROZEN, COSTLY = 7, 3, 4  # rows of the short form
 WHOLE_NAMES = 20  # letters of a gate's name beside which 60 columns hold all else
-PLACES = 3  # patterns of names given as examples in a line
+PLACES = 2  # patterns of names given as examples in a line
 _ROLES: tuple[Role, ...] = get_args(Role)
 
 
@@ -134,15 +134,14 @@ def _frozen(inspection: Inspection, full: bool) -> Iterator[RenderableType]:
     if not kinds:
         yield _line(f"Frozen: nothing but {returned}.")
         return
-    yield _line(f"Frozen: {frozen:,} channels, besides {returned}", style="bold")
+    several = " (some for several reasons)" if sum(kind.channels for kind in kinds) > frozen else ""
+    yield _line(f"Frozen: {frozen:,} channels{several}, besides {returned}", style="bold")
     shown = kinds if full else kinds[:FROZEN]
     table = _table(">Channels", "What meets them, where, and why that holds them")
     for kind in shown:
         table.add_row(f"{kind.channels:,}", _line(_kind(kind, None if full else PLACES)))
     yield table
     yield from _left_out(len(kinds), len(shown), "reason")
-    if sum(kind.channels for kind in kinds) > frozen:
-        yield _line("  Channels with several reasons are counted under each.", style="dim")
 
 
 def _kind(kind: Frozen, most: int | None) -> str:
