@@ -20,6 +20,7 @@ NUMBER: Schema = {"type": "number"}
 SHARE: Schema = {"type": "number", "minimum": 0, "maximum": 1}
 COUNT: Schema = {"type": "integer", "minimum": 0}
 ANY_OBJECT: Schema = {"type": "object"}
+ROLE: Schema = {"enum": ["gated", "ungated", "se_hidden", "frozen"]}
 TARGET: Schema = {"enum": ["ratio", "target_macs", "target_params", "target_latency"]}
 
 
@@ -100,7 +101,7 @@ CONSTRAINT = _object(
 )
 GROUP_ROW = _object(
     name=TEXT,
-    role={"enum": ["gated", "ungated", "se_hidden", "frozen"]},
+    role=ROLE,
     width_before=COUNT,
     width_after=COUNT,
     evidence=TEXT,
@@ -195,6 +196,7 @@ SCHEMAS: dict[str, Schema] = {
             round_to=COUNT,
             min_width=COUNT,
             gated_only=FLAG,
+            eca_neighbours=FLAG,
             frozen=_list(TEXT),
             overrides=_map(SHARE),
         ),
@@ -223,6 +225,46 @@ SCHEMAS: dict[str, Schema] = {
         mean_excitation=_map(_list(NUMBER)),
         warnings=_list(TEXT),
         costs=_map(_list(NUMBER)),
+    ),
+    "inspection": _document(
+        "sepress.inspection/2",
+        "What is gated, coupled and frozen: `sepress inspect`. Made channels are output channels of layers.",
+        model=TEXT,
+        input_size=_list(COUNT),
+        trained=FLAG,
+        macs=COUNT,
+        params=COUNT,
+        channels=_object(
+            gated=COUNT, ungated=COUNT, se_hidden=COUNT, frozen=COUNT, outputs=COUNT, free_share=SHARE
+        ),
+        gates=_list(
+            _object(name=TEXT, kind=TEXT, channels=COUNT, activation=TEXT, producer=TEXT, group=TEXT)
+        ),
+        groups=_list(
+            _object(
+                name=TEXT,
+                role=ROLE,
+                width=COUNT,
+                units=COUNT,
+                made_channels=COUNT,
+                touched_macs=COUNT,
+                gates=_list(TEXT),
+                producers=_list(TEXT),
+                reasons=_list(_object(what=TEXT, module=TEXT, why=_maybe(TEXT))),
+            )
+        ),
+        unfollowed=_list(_object(layer=TEXT, made_channels=COUNT, what=TEXT)),
+    ),
+    "convert": _document(
+        "sepress.convert/1",
+        "The file that `sepress convert` wrote, and what was chosen on the way.",
+        path=TEXT,
+        reference=TEXT,
+        kwargs=ANY_OBJECT,
+        input_size=_list(COUNT),
+        preprocessing=TEXT,
+        parameters=COUNT,
+        notes=_list(TEXT),
     ),
     "bench": _document(
         "sepress.bench/1",

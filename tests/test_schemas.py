@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
+import torch
 from jsonschema import Draft202012Validator
 from photos import make_photos
 from typer.testing import CliRunner
@@ -99,6 +101,13 @@ def test_a_dry_run_of_prune_prints_a_plan(here: Path) -> None:
     model = "sepress:se_resnet8"
     arguments = ["--random-weights", "--data", "photos", "--input-size", "3,8,8", "--ratio", "0.3"]
     check("plan", call("prune", model, *arguments, "--dry-run", "--out", "planned", "--json"))
+
+
+def test_inspect_and_convert_print_what_their_schemas_say(here: Path) -> None:
+    check("inspection", call("inspect", "timm:test_efficientnet", "--json"))
+    torch.save(timm.create_model("test_efficientnet").state_dict(), "weights.pth")
+    options = ["--arch", "timm:test_efficientnet", "--out", "converted.safetensors", "--json"]
+    check("convert", call("convert", "weights.pth", *options))
 
 
 def test_bench_prints_what_its_schema_says(here: Path) -> None:
