@@ -417,7 +417,7 @@ def eca(epochs: int = 8, tuned: int = 2) -> None:
             print(f"| {target} {value} | {'on' if flag else 'off'} | {kept:.2f} | {row} |", flush=True)
 
 
-def peers(nets: Sequence[str], seconds: float) -> None:
+def peers(nets: Sequence[str], seconds: int) -> None:
     """torch-pruning's groups beside ours, and what pruning at 0.3 comes to: tests/results/peers/groups.md."""
     import peers as p  # tests/peers.py
 
@@ -428,8 +428,14 @@ def peers(nets: Sequence[str], seconds: float) -> None:
     ]
     print(*lines, sep="\n")
     for reference in nets or p.NETS:
-        compared = p.in_child(p.compare_named, reference, seconds=seconds)
-        cells = [reference, *(("no graph", compared) if isinstance(compared, str) else told(compared))]
+        graph = p.in_child(p.peer_finishes, reference, seconds=seconds)
+        compared = p.in_child(p.compare_named, reference, seconds=4 * seconds) if graph is True else graph
+        if graph is not True:
+            cells = [reference, "no graph", str(graph)]
+        elif isinstance(compared, str):
+            cells = [reference, "not compared", compared]
+        else:
+            cells = [reference, *told(compared)]
         for prune in (p.prune_by_peer, p.prune_by_us):
             pruned = p.in_child(prune, reference, seconds=seconds)
             done = (
@@ -533,7 +539,9 @@ if __name__ == "__main__":
     one.set_defaults(run=scale)
     one = commands.add_parser("peers", help=peers.__doc__)
     one.add_argument("nets", nargs="*", help="of tests/peers.py where left out")
-    one.add_argument("--seconds", type=float, default=120, help="for one comparison")
+    one.add_argument(
+        "--seconds", type=int, default=60, help="of CPU for its graph; a comparison gets four times as many"
+    )
     one.set_defaults(run=peers)
     one = commands.add_parser("graph", help=graph.__doc__)
     one.add_argument("nets", nargs="*", help="twenty of tests/peers.py where left out")
